@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from resafe.errors import UserError
@@ -18,17 +17,23 @@ from resafe.weights.shard import Shard, TensorInfo, read
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
-# Settings of LoRA's relatives that change what the factors mean, with the value that leaves plain LoRA.
+# Settings of LoRA's relatives: with any of them the delta is no longer s·B·A on the base as published.
 _UNSUPPORTED = (
     "use_dora",
     "use_qalora",
+    "use_bdlora",
     "lora_bias",
     "target_parameters",
     "trainable_token_indices",
     "layer_replication",
     "alora_invocation_tokens",
-    "exclude_modules_to_save",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "kasa_config",
 )
+# Initialisations that subtract the initial factors from the base, so that the published base is not W.
+_REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,30 @@ class Adapter:
         settings = read_json(folder / ADAPTER_CONFIG)
         kind = settings.get("peft_type")
         if kind != "LORA":
-            raise UserError(f"{folder} is a {kind} adapter; only LoRA is supported: merge it into its base first")
+            raise UserError(
+                f"{folder} is a {kind} adapter; only LoRA is supported: merge it into its base first"
+            )
         for key in _UNSUPPORTED:
             if settings.get(key):
-                raise UserError(f"{folder} uses {key}, which plain LoRA algebra does not cover; merge it first")
+                raise UserError(
+                    f"{folder} uses {key}, which plain LoRA algebra does not cover; merge it first"
+                )
+        start = str(settings.get("init_lora_weights", True)).lower()
+        if start.startswith(_REBASED):
+            raise UserError(
+                f"{folder} was initialised by {start}, which changes its base; convert it to plain LoRA"
+            )
         if settings.get("bias", "none") != "none":
-            raise UserError(f"{folder} trains biases (bias={settings['bias']!r}); merge it into its base first")
+            raise UserError(
+                f"{folder} trains biases (bias={settings['bias']!r}); merge it into its base first"
+            )
         if not (folder / WEIGHTS).is_file():
             pickled = (folder / "adapter_model.bin").is_file()
-            why = "holds only a pickled adapter; save it again as safetensors" if pickled else f"lacks {WEIGHTS}"
+            why = (
+                "holds only a pickled adapter; save it again as safetensors"
+                if pickled
+                else f"lacks {WEIGHTS}"
+            )
             raise UserError(f"{folder} {why}")
         adapter = Adapter(folder, settings, Shard.open(folder / WEIGHTS))
         adapter._check_keys()
@@ -143,7 +163,9 @@ class Adapter:
             a, b = (self.shard.tensors[self.key(name, which)].shape for which in "AB")
             fits = (a[1], b[0]) if self.settings.get("fan_in_fan_out") else (b[0], a[1])
             if base.info(name).shape != fits:
-                raise UserError(f"{self.folder} does not fit its base {base.folder}: {name} has another shape")
+                raise UserError(
+                    f"{self.folder} does not fit its base {base.folder}: {name} has another shape"
+                )
         return base
 
     @property
@@ -212,8 +234,3 @@ def open_model(ref: str | Path) -> Checkpoint | Adapter:
     """Open a model given as a folder or Hub id: a dense checkpoint, or a LoRA adapter."""
     folder = resolve(ref)
     return Adapter.open(folder) if (folder / ADAPTER_CONFIG).is_file() else Checkpoint.open(folder)
-
-
-def full_precision(view: Checkpoint | Adapter, name: str) -> Tensor:
-    """Read a tensor in float32."""
-    return view.tensor(name).to(torch.float32)

@@ -71,16 +71,25 @@ def resolve(ref: str | Path) -> Path:
 
 def _download(text: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repo, _, revision = text.partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, ignore_patterns=["*.bin", "*.pt", "*.gguf"]))
+        return Path(
+            snapshot_download(repo, revision=revision or None, ignore_patterns=["*.bin", "*.pt", "*.gguf"])
+        )
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(f"{text} is neither a folder here nor a model on the Hub; check the name") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(f"{text} is no folder here and the Hub cannot be reached; download it first") from error
+        raise UserError(
+            f"{text} is no folder here and the Hub cannot be reached; download it first"
+        ) from error
 
 
 def read_json(file: Path) -> dict[str, object]:
@@ -136,7 +145,9 @@ class Checkpoint:
             UserError: the checkpoint has no tensor of that name.
         """
         if name not in self._infos:
-            raise UserError(f"{self.folder} has no tensor {name!r}; the models compared must be of one family")
+            raise UserError(
+                f"{self.folder} has no tensor {name!r}; the models compared must be of one family"
+            )
         return self._infos[name]
 
     def tensor(self, name: str) -> Tensor:
@@ -174,8 +185,8 @@ def _why_no_weights(folder: Path) -> str:
         return f"{folder} is empty; give the folder that holds the model"
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
         return (
-            f"{folder} holds only pickled weights, which can run code when read; convert it to safetensors first "
-            "(load it in transformers and call save_pretrained)"
+            f"{folder} holds only pickled weights, which can run code when read; convert it to safetensors "
+            "first (load it in transformers and call save_pretrained)"
         )
     return f"{folder} holds neither {SINGLE} nor {INDEX}; give the folder that holds the model"
 

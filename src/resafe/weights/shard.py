@@ -96,7 +96,9 @@ class Shard:
 def _info(file: Path, name: str, entry: dict[str, object], start: int) -> TensorInfo:
     dtype = DTYPES.get(str(entry.get("dtype")))
     if dtype is None:
-        raise UserError(f"{file}: tensor {name!r} has the unknown type {entry.get('dtype')!r}; convert it first")
+        raise UserError(
+            f"{file}: tensor {name!r} has the unknown type {entry.get('dtype')!r}; convert it first"
+        )
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
         raise UserError(f"{file} is not a safetensors file: entry {name!r} is malformed; copy it again")
@@ -106,7 +108,9 @@ def _info(file: Path, name: str, entry: dict[str, object], start: int) -> Tensor
     for n in info.shape:
         expected *= n
     if info.nbytes != expected:
-        raise UserError(f"{file} is damaged: {name!r} declares {info.nbytes} bytes, its shape needs {expected}")
+        raise UserError(
+            f"{file} is damaged: {name!r} declares {info.nbytes} bytes, its shape needs {expected}"
+        )
     return info
 
 
@@ -136,7 +140,7 @@ def read_rows(info: TensorInfo, first: int, last: int) -> Tensor:
 
 def _read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     descriptor = os.open(file, os.O_RDONLY)
     try:
         done = 0
@@ -152,4 +156,4 @@ def _read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
 
 def raw(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor without copying them."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
