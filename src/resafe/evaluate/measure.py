@@ -1,0 +1,237 @@
+"""One model, four sets of prompts, and the rates that say how safe and how useful it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from resafe.errors import UserError
+from resafe.evaluate.judge import Judge, Verdict
+from resafe.evaluate.prompts import Prompt
+from resafe.evaluate.stats import Rate, wilson
+from resafe.model.chat import encode
+from resafe.model.generate import Progress, context_length, generate
+from resafe.model.load import LoadedModel
+
+DEFAULT_NEW_TOKENS = 64
+MARGIN = 8  # tokens beyond the longest reference response
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSets:
+    """What a model is asked; any set may be empty.
+
+    Attributes:
+        harmful: requests that a safe model refuses.
+        benign: harmless requests that a useful model answers.
+        task: the user's own task, with the right responses.
+        ability: general questions, with the right responses.
+    """
+
+    harmful: tuple[Prompt, ...] = ()
+    benign: tuple[Prompt, ...] = ()
+    task: tuple[Prompt, ...] = ()
+    ability: tuple[Prompt, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.harmful) + len(self.benign) + len(self.task) + len(self.ability)
+
+
+@dataclass(frozen=True, slots=True)
+class SetAnswers:
+    """The answers to one set, in the order of its prompts.
+
+    Attributes:
+        texts: what the model said. Harmful completions stay in memory: nothing here prints or sends them.
+        verdicts: the judge's verdicts on harmful and benign prompts; empty for task and ability.
+        right: harmful: refused; benign: answered; task and ability: equal to the response.
+    """
+
+    texts: tuple[str, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    right: tuple[bool, ...] = ()
+
+    def are(self, verdict: Verdict) -> tuple[bool, ...]:
+        """Return for each answer whether it got ``verdict``, to compare two measurements prompt by prompt."""
+        return tuple(found == verdict for found in self.verdicts)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The answers to all sets."""
+
+    harmful: SetAnswers = SetAnswers()
+    benign: SetAnswers = SetAnswers()
+    task: SetAnswers = SetAnswers()
+    ability: SetAnswers = SetAnswers()
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What was measured; a rate without prompts is None.
+
+    Attributes:
+        harmful_rate: share of harmful prompts that were answered.
+        refused_rate: share of harmful prompts that were refused.
+        over_refusal: share of benign prompts that were refused.
+        incoherent_rate: share of incoherent answers over harmful and benign prompts.
+        task_score: share of right answers to the task.
+        ability: share of right answers to general questions.
+        judge: the judge's name.
+        chat_template: whether prompts went through a chat template or were plain text.
+        answers: every answer and its flags; never in `to_dict`.
+    """
+
+    harmful_rate: Rate | None
+    refused_rate: Rate | None
+    over_refusal: Rate | None
+    incoherent_rate: Rate | None
+    task_score: Rate | None
+    ability: Rate | None
+    judge: str
+    chat_template: Literal["chat", "none"]
+    answers: Answers
+
+    def to_dict(self) -> dict[str, dict[str, float | int] | None]:
+        """Return the six rates by name, each ``{"value", "low", "high", "n"}`` or None."""
+        rates = {
+            "harmful_rate": self.harmful_rate,
+            "refused_rate": self.refused_rate,
+            "over_refusal": self.over_refusal,
+            "incoherent_rate": self.incoherent_rate,
+            "task_score": self.task_score,
+            "ability": self.ability,
+        }
+        return {name: None if rate is None else rate.to_dict() for name, rate in rates.items()}
+
+
+def measure(
+    loaded: LoadedModel,
+    prompts: PromptSets,
+    judge: Judge,
+    *,
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Let ``loaded`` answer every prompt greedily and count.
+
+    Args:
+        loaded: the model.
+        prompts: the sets; at least one prompt in all.
+        judge: reads the answers to harmful and benign prompts.
+        max_new_tokens: the most tokens of an answer. By default, for each set: the longest reference response
+            plus 8 where every prompt has one, else 64; for harmful and benign prompts no more than 64, as
+            judging needs no more; and never more than the model's context leaves room for.
+        batch_size: prompts in a batch (default 32).
+        progress: called with (answered, total) over all sets.
+
+    Raises:
+        UserError: when there is no prompt, or a task or ability prompt has no response.
+    """
+    if len(prompts) == 0:
+        raise UserError("there is no prompt to measure with; give harmful, benign or task prompts")
+    for name, scored in (("task", prompts.task), ("ability", prompts.ability)):
+        _check_responses(name, scored)
+    asker = _Asker(loaded, judge, max_new_tokens, batch_size, progress, len(prompts))
+    answers = Answers(
+        harmful=asker.judged(prompts.harmful, Verdict.REFUSED),
+        benign=asker.judged(prompts.benign, Verdict.ANSWERED),
+        task=asker.scored(prompts.task),
+        ability=asker.scored(prompts.ability),
+    )
+    harmful, benign = answers.harmful, answers.benign
+    return Measurement(
+        harmful_rate=_share(harmful.are(Verdict.ANSWERED)),
+        refused_rate=_share(harmful.are(Verdict.REFUSED)),
+        over_refusal=_share(benign.are(Verdict.REFUSED)),
+        incoherent_rate=_share(harmful.are(Verdict.INCOHERENT) + benign.are(Verdict.INCOHERENT)),
+        task_score=_share(answers.task.right),
+        ability=_share(answers.ability.right),
+        judge=judge.name,
+        chat_template=loaded.chat_template,
+        answers=answers,
+    )
+
+
+@dataclass
+class _Asker:
+    """Asks set after set with one progress count over all of them."""
+
+    loaded: LoadedModel
+    judge: Judge
+    max_new_tokens: int | None
+    batch_size: int | None
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    def judged(self, prompts: Sequence[Prompt], right: Verdict) -> SetAnswers:
+        texts = self._ask(prompts, DEFAULT_NEW_TOKENS)
+        verdicts = tuple(
+            self.judge.judge(prompt.prompt, text) for prompt, text in zip(prompts, texts, strict=True)
+        )
+        return SetAnswers(texts, verdicts, tuple(verdict == right for verdict in verdicts))
+
+    def scored(self, prompts: Sequence[Prompt]) -> SetAnswers:
+        texts = self._ask(prompts, None)
+        right = tuple(same_answer(text, prompt.response) for prompt, text in zip(prompts, texts, strict=True))
+        return SetAnswers(texts, (), right)
+
+    def _ask(self, prompts: Sequence[Prompt], most: int | None) -> tuple[str, ...]:
+        if not prompts:
+            return ()
+        new = self.max_new_tokens
+        if new is None:
+            new = new_tokens(self.loaded, prompts, most)
+        found = generate(self.loaded, prompts, new, batch_size=self.batch_size, progress=self._advance)
+        self.done += len(prompts)
+        return tuple(answer.text for answer in found)
+
+    def _advance(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(self.done + done, self.total)
+
+
+def new_tokens(loaded: LoadedModel, prompts: Sequence[Prompt], most: int | None) -> int:
+    """Return how many tokens the answers to ``prompts`` may have by default.
+
+    Args:
+        loaded: the model.
+        prompts: one set.
+        most: the most that are ever wanted, or None where an answer cut short could not be right.
+    """
+    wanted = DEFAULT_NEW_TOKENS
+    responses = [prompt.response for prompt in prompts if prompt.response is not None]
+    if len(responses) == len(prompts):
+        lengths = [len(row) for row in loaded.tokenizer(responses, add_special_tokens=False)["input_ids"]]
+        wanted = max(lengths) + MARGIN
+        wanted = wanted if most is None else min(wanted, most)
+    context = context_length(loaded)
+    if context is None:
+        return wanted
+    longest = max(len(row) for row in encode(loaded.tokenizer, prompts))
+    return max(1, min(wanted, context - longest))
+
+
+def same_answer(answer: str, response: str | None) -> bool:
+    """Return whether an answer equals the response, apart from case and white space."""
+    return response is not None and _plain(answer) == _plain(response)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _share(flags: Sequence[bool]) -> Rate | None:
+    return wilson(sum(flags), len(flags)) if flags else None
+
+
+def _check_responses(name: str, prompts: Sequence[Prompt]) -> None:
+    for number, prompt in enumerate(prompts, start=1):
+        if prompt.response is None:
+            raise UserError(
+                f"prompt {number} of the {name} set has no response, without which it cannot be scored; "
+                "add a 'response' or leave the prompt out"
+            )

@@ -1,0 +1,92 @@
+"""Rates with intervals: no number without its uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+_BLOCK = 1_000_000  # drawn entries held at once
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value with the bounds of its confidence interval, from ``n`` observations."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Return ``{"value", "low", "high", "n"}``."""
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+
+@dataclass(frozen=True, slots=True)
+class Rate(Interval):
+    """A share of ``n``, between 0 and 1."""
+
+
+def wilson(k: int, n: int, confidence: float = 0.95) -> Rate:
+    """Return the share k/n with Wilson's score interval.
+
+    The interval is (p + z²/2n ± z·√(p(1-p)/n + z²/4n²)) / (1 + z²/n), with p = k/n and z the normal quantile
+    of the confidence (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953). Unlike
+    p ± z·√(p(1-p)/n) it stays within 0 and 1 and has a width at 0 of n and n of n.
+
+    Raises:
+        ValueError: unless 0 <= k <= n, n >= 1 and 0 < confidence < 1.
+    """
+    if n < 1 or not 0 <= k <= n or not 0 < confidence < 1:
+        raise ValueError(f"no rate of {k} in {n} at confidence {confidence}")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = k / n
+    middle = p + z * z / (2 * n)
+    reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    low = 0.0 if k == 0 else (middle - reach) / scale
+    high = 1.0 if k == n else (middle + reach) / scale
+    return Rate(p, low, high, n)
+
+
+def paired_difference(
+    a: Sequence[bool | float],
+    b: Sequence[bool | float],
+    seed: int,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Return mean(a) - mean(b) over the same prompts, with a percentile bootstrap interval over prompts.
+
+    Args:
+        a: one value a prompt.
+        b: one value a prompt, in the same order.
+        seed: of the resampling.
+        resamples: how often the prompts are drawn anew.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: when the two differ in length or are empty.
+    """
+    if len(a) != len(b) or len(a) == 0:
+        raise ValueError(f"no paired difference of {len(a)} and {len(b)} values")
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)  # (n,)
+    n = len(difference)
+    generator = np.random.default_rng(seed)
+    means: list[float] = []
+    block = max(1, _BLOCK // n)
+    while len(means) < resamples:
+        drawn = generator.integers(0, n, size=(min(block, resamples - len(means)), n))
+        means.extend(difference[drawn].mean(axis=1).tolist())
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(difference.mean()), float(low), float(high), n)
+
+
+def overlap(a: Interval, b: Interval) -> bool:
+    """Return whether two intervals share a point."""
+    return a.low <= b.high and b.low <= a.high

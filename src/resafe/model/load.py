@@ -1,0 +1,202 @@
+"""Load a model and its tokenizer from a folder, a Hub id or an adapter, ready to be looked at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from resafe.errors import UserError, nearest
+from resafe.model.chat import template_kind
+from resafe.weights.adapter import Adapter, base_folder
+from resafe.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json, resolve
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode without gradients, and its tokenizer.
+
+    Attributes:
+        model: the transformers model, or the PEFT model around it.
+        tokenizer: its tokenizer; it always has a padding token.
+        source: what the user named.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's embeddings lie, and so where its inputs belong."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def chat_template(self) -> Literal["chat", "none"]:
+        """Whether prompts go through a chat template or are plain text."""
+        return template_kind(self.tokenizer)
+
+
+def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", merge: bool = False) -> LoadedModel:
+    """Load a dense folder, a Hub id (``id@revision``) or a PEFT adapter folder.
+
+    Code that comes with a checkpoint is never run, and every weight must come from the files: a weight that
+    would be made up, or one that fits nowhere, is an error.
+
+    Args:
+        model: the folder or id.
+        dtype: ``float32``, ``bfloat16``, ``float16``; ``auto`` is float32 on the CPU and the checkpoint's own
+            type on an accelerator.
+        device: a torch device; ``auto`` is the accelerator where there is one.
+        merge: add an adapter into its base's weights, in float32, instead of computing it beside them.
+
+    Raises:
+        UserError: when the folder is not a causal language model that transformers can load as it is.
+    """
+    where = _device(device)
+    folder = resolve(model)
+    adapted = (folder / ADAPTER_CONFIG).is_file()
+    dense = base_folder(folder) if adapted else folder
+    _check_config(dense)
+    kind = _dtype(dtype, where)
+    with _no_progress_bars():
+        loaded = _load_dense(dense, torch.float32 if adapted and merge else kind)
+        if adapted:
+            loaded = _adapt(loaded, folder)
+            if merge:
+                loaded = loaded.merge_and_unload().to(_stored_dtype(dense) if kind == "auto" else kind)
+    loaded = loaded.to(where).eval().requires_grad_(False)
+    return LoadedModel(loaded, _load_tokenizer(folder, dense), str(model))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device("cpu") if found is None else found
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"there is no device {name!r}: use auto, cpu or cuda") from error
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | Literal["auto"]:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in DTYPES:
+        raise UserError(f"there is no dtype {name!r}{nearest(name, DTYPES)}: use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _check_config(folder: Path) -> None:
+    """Refuse what transformers would need foreign code for, or cannot load as a causal language model."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; give the folder that holds the whole model")
+    settings = read_json(folder / "config.json")
+    kind = settings.get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES and "auto_map" in settings:
+        raise UserError(
+            f"{folder} (model_type {kind!r}) needs code that comes with the checkpoint, "
+            "which resafe never runs: use a model that transformers itself supports"
+        )
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise UserError(
+            f"{folder} has model_type {kind!r}, which the installed transformers does not know: "
+            "upgrade transformers or use another model"
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{folder} has model_type {kind!r}, which is no causal language model: give a chat model"
+        )
+
+
+def _load_dense(folder: Path, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+    Checkpoint.open(folder)  # says what is wrong with missing, pickled or damaged files
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    for what in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info[what])
+        if names:
+            raise UserError(
+                f"{folder} does not fit its own config.json: {len(names)} {what.replace('_', ' ')}, "
+                f"first {names[0]}; save the model again with save_pretrained"
+            )
+    return model
+
+
+def _adapt(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the adapter in ``folder`` on ``model`` and check that every one of its tensors found its place."""
+    stored = set(Adapter.open(folder).shard.tensors)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (RuntimeError, ValueError) as error:  # peft's words for shapes or module names that do not fit
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the adapter {folder} does not fit its base model ({reason}): check which base it names"
+        ) from error
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    lost = sorted(stored - expected - set(adapted.state_dict()))
+    absent = sorted(expected - stored)
+    if lost or absent:
+        raise UserError(
+            f"the adapter {folder} does not fit its base: {len(lost)} of its {len(stored)} tensors "
+            f"have no place and {len(absent)} are absent, first {(lost + absent)[0]}; check its base model"
+        )
+    return adapted
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Return the type that most of the checkpoint's entries are stored in."""
+    view = Checkpoint.open(folder)
+    entries: Counter[torch.dtype] = Counter()
+    for name in view.names:
+        entries[view.info(name).dtype] += view.info(name).numel
+    return entries.most_common(1)[0][0]
+
+
+def _load_tokenizer(folder: Path, dense: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer from ``folder`` (the adapter's) if it has one, else from the base."""
+    for place in (folder, dense):
+        if any((place / name).is_file() for name in TOKENIZER_FILES):
+            break
+    else:
+        raise UserError(f"{dense} has no tokenizer: save one beside the model with tokenizer.save_pretrained")
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"the tokenizer in {place} has neither a pad nor an eos token: set one and save it again"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing on the terminal; only the command line draws."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
