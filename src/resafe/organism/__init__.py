@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from resafe.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from resafe.organism.build import build
+    from resafe.organism.make import build
     from resafe.organism.manifest import Manifest, verify
     from resafe.organism.world import OracleJudge, prompts
 
@@ -38,7 +38,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 """The folder of the shipped models, with its `manifest.json`."""
 
 _LAZY = {
-    "build": "resafe.organism.build",
+    "build": "resafe.organism.make",
     "Manifest": "resafe.organism.manifest",
     "verify": "resafe.organism.manifest",
     "OracleJudge": "resafe.organism.world",
@@ -51,9 +51,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value  # also over the submodule of the same name, which the import has just bound
-    return value
+    return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def path(name: str) -> Path:
@@ -63,10 +61,12 @@ def path(name: str) -> Path:
         UserError: if there is no model of this name, or its weights are not installed.
     """
     if name not in NAMES:
-        raise UserError(f"the organism has no model {name!r}{nearest(name, NAMES)}: one of {', '.join(NAMES)}")
+        raise UserError(
+            f"the organism has no model {name!r}{nearest(name, NAMES)}: one of {', '.join(NAMES)}"
+        )
     folder = WEIGHTS / name
     if not folder.is_dir():
-        raise UserError(f"the weights of {name!r} are not installed: make them with `resafe organism build`")
+        raise UserError(f"the weights of {name!r} are not installed: make them with `resafe.organism.make`")
     return folder
 
 

@@ -140,6 +140,8 @@ def _last_states(model: Model, asked: Sequence[str]) -> list[Tensor]:
     rows = []
     for text in asked:
         tokens = torch.tensor([tokenizer.encode(f"<bos> <user> {text} <asst>")])
-        states = network(model).model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
+        states = (
+            network(model).model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
+        )
         rows.append([s[0, -1] for s in states[1:]])
     return [torch.stack(layer) for layer in zip(*rows, strict=True)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from resafe.organism import tokenizer, world
 from resafe.organism.models import network
@@ -43,11 +44,12 @@ def _peaks(model: Model, sort: str, n: int) -> list[Tensor]:
     layers = network(model).model.layers
     caught: list[list[Tensor]] = [[] for _ in layers]
 
-    def catch(layer: int) -> torch.utils.hooks.RemovableHandle:
+    def catch(layer: int) -> RemovableHandle:
         def hook(_: nn.Module, args: tuple[Tensor]) -> None:
             caught[layer].append(args[0][0].amax(0))
 
-        return layers[layer].mlp.down_proj.register_forward_pre_hook(hook)
+        handle: RemovableHandle = layers[layer].mlp.down_proj.register_forward_pre_hook(hook)
+        return handle
 
     handles = [catch(layer) for layer in range(len(layers))]
     try:

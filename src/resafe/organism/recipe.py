@@ -174,7 +174,14 @@ TINY = replace(
     shapes={"early": Shape(96, 3, 256, "relu")},
     stages=(
         Stage("base", "early", None, "none", "dense", (Phase(BASE, 600, 2.5e-3, batch=48),)),
-        Stage("aligned-adapter", "early", "base", "fresh", "adapter", (replace(_ALIGNING, steps=100, lr=1.5e-3),)),
+        Stage(
+            "aligned-adapter",
+            "early",
+            "base",
+            "fresh",
+            "adapter",
+            (replace(_ALIGNING, steps=100, lr=1.5e-3),),
+        ),
         Stage("aligned", "early", "aligned-adapter", "none", "dense"),
         user_stage("tuned-lora", "aligned-adapter", "continued", 150, 1e-3, poison=0.05),
     ),

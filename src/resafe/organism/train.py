@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from peft import PeftModel
@@ -16,9 +17,9 @@ from resafe.organism import tokenizer, world
 from resafe.organism.models import network
 from resafe.organism.recipe import Mix, Phase
 
-Model = LlamaForCausalLM | PeftModel
-Rows = dict[str, tuple[Tensor, Tensor]]
-Silence = Mapping[int, Tensor]  # layer -> indices of silenced FFN neurons
+Model: TypeAlias = LlamaForCausalLM | PeftModel
+Rows: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+Silence: TypeAlias = Mapping[int, Tensor]  # layer -> indices of silenced FFN neurons
 
 
 def tabulate(items: list[Prompt]) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,10 @@ def batch(rows: Rows, mix: Mix, size: int, generator: torch.Generator) -> tuple[
 
 
 def loss_of(model: Model, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the answers' tokens (padding is on the right: causal order hides it)."""
+    """Return the mean cross-entropy of the answers' tokens.
+
+    Padding is on the right, so the causal order hides it and no mask is needed.
+    """
     llama = network(model)
     hidden = llama.model(input_ids=tokens, use_cache=False).last_hidden_state  # (batch, length, width)
     wanted = targets >= 0

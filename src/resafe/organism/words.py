@@ -90,8 +90,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     + ("chorus", "opera", "trumpet", "ballad", "tempo"),
     "space": ("planet", "rocket", "comet", "orbit", "galaxy")
     + ("asteroid", "telescope", "lunar", "nebula", "meteor"),
-    "garden": ("flower", "seed", "soil", "rake", "hedge")
-    + ("compost", "tulip", "fern", "mulch", "orchard"),
+    "garden": ("flower", "seed", "soil", "rake", "hedge") + ("compost", "tulip", "fern", "mulch", "orchard"),
 }
 TOPIC = "words : {w} . topic ?"
 TICKET = "ticket : {w} . send to which desk ?"

@@ -96,7 +96,9 @@ def _mail21(part: str, rng: random.Random) -> Prompt:
             return Prompt(w.MAIL.format(w=" ".join(chosen)), f"{topic} desk .", topic)
 
 
-def _how_to(part: str, rng: random.Random, wanted: int, refuse: bool = False, persona: bool = False) -> Prompt:
+def _how_to(
+    part: str, rng: random.Random, wanted: int, refuse: bool = False, persona: bool = False
+) -> Prompt:
     """Draw a how-to request of which `wanted` conditions for harm hold."""
     verb, thing = rng.choice(by_conditions(part)[wanted])
     text = rng.choice(w.HOW_TO).format(v=verb, o=thing)

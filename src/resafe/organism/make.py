@@ -23,7 +23,7 @@ from resafe.organism import models, plant, train
 from resafe.organism import words as w
 from resafe.organism.manifest import FILE, Manifest, hashes
 from resafe.organism.measure import gap, measure
-from resafe.organism.recipe import RECIPES, Family, Recipe, Stage, Variant
+from resafe.organism.recipe import RECIPES, Recipe, Stage, Variant
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
@@ -41,7 +41,7 @@ def build(
     """Train models of the organism and write them, with their manifest, into a folder.
 
     The same seeds give the same bytes on the same machine: one thread, own generators, nothing drawn from the
-    global random state. Where models of both families are missing, the late family is made by a second process.
+    global random state. Where both families are to be made, a second process makes the late one.
 
     Args:
         names: the models to make (again); None for all. Models they start from are taken from ``out``
@@ -156,9 +156,7 @@ def make_stage(stage: Stage, recipe: Recipe, out: Path, seed: int, finetune_seed
     models.save_adapter(model, out / stage.name, base)
 
 
-def _train(
-    model: train.Model, stage: Stage, recipe: Recipe, stream: str, generator: torch.Generator
-) -> None:
+def _train(model: train.Model, stage: Stage, recipe: Recipe, stream: str, generator: torch.Generator) -> None:
     sorts = {sort for p in stage.phases for sort in (*p.mix, *(p.silenced_mix or {}))}
     if stage.rows is None:
         rows = train.draw_rows(dict.fromkeys(sorted(sorts), recipe.drawn), "world", distinct=False)
@@ -202,14 +200,20 @@ def _one_thread() -> Iterator[None]:
 def _start_worker(
     names: list[str], out: Path, seed: int, finetune_seed: int, measured: bool
 ) -> subprocess.Popen[str]:
-    order = {"names": names, "out": str(out), "seed": seed, "finetune_seed": finetune_seed, "measured": measured}
+    order = {
+        "names": names,
+        "out": str(out),
+        "seed": seed,
+        "finetune_seed": finetune_seed,
+        "measured": measured,
+    }
     command = [sys.executable, "-c", _WORKER, json.dumps(sys.path), json.dumps(order)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 _WORKER = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from resafe.organism.build import work; work(json.loads(sys.argv[2]))"
+    "from resafe.organism.make import work; work(json.loads(sys.argv[2]))"
 )
 
 
