@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -160,6 +161,6 @@ def expert_of(name: str) -> int | None:
 
 def shuffled(mask: Tensor, seed: int, name: str) -> Tensor:
     """Return a mask of the same shape and count whose entries are drawn at random, seeded by name."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31)
+    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
     order = torch.randperm(mask.numel(), generator=generator)
     return mask.reshape(-1)[order].reshape(mask.shape)

@@ -1,0 +1,5 @@
+"""Repair methods. Importing this package registers all of them."""
+
+from resafe.repair import controls, fgsn, nlsr
+
+__all__ = ["controls", "fgsn", "nlsr"]

@@ -133,12 +133,16 @@ class Adapter:
         """Return the file key of factor ``which`` ('A' or 'B') of a module's weight name."""
         return f"{_PREFIX}{name.removesuffix('.weight')}.lora_{which}.weight"
 
+    def rank(self, name: str) -> int:
+        """Return the stored rank of one module."""
+        return self.shard.tensors[self.key(name, "A")].shape[0]
+
     def scale(self, name: str) -> float:
         """Return s = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA, of one module."""
         module = name.removesuffix(".weight")
         rank = _pattern(self.settings.get("rank_pattern"), module, self.settings.get("r"))
         alpha = _pattern(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha"))
-        stored = self.shard.tensors[self.key(name, "A")].shape[0]
+        stored = self.rank(name)
         if rank != stored:
             raise UserError(f"{self.folder}: {module} is stored with rank {stored}, its config says {rank:g}")
         return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank

@@ -224,3 +224,11 @@ def sha256(file: Path) -> str:
     """Hash a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Return one hash over a model's weight files, by which neuron sets know their model."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(sha256(file).encode())
+    return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""Runs of a model over calibration prompts: what methods need to know about activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resafe.errors import UserError
+from resafe.evaluate.judge import Judge, Verdict
+from resafe.evaluate.prompts import Prompt
+from resafe.model.chat import encode, encode_with_response
+from resafe.model.generate import forward_batches, generate
+from resafe.model.hooks import block_output, capture, input_of
+from resafe.model.layout import linear_names, read_layout
+from resafe.model.load import LoadedModel
+
+_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids of prompts with their responses, and where each response starts."""
+
+    ids: Sequence[Sequence[int]]
+    starts: Sequence[int]
+
+
+def with_responses(loaded: LoadedModel, prompts: Sequence[Prompt], judge: Judge | None) -> Calibration:
+    """Pair prompts with the responses they carry, or else with the model's own refusals.
+
+    Raises:
+        UserError: the model refuses none of the prompts, so that there is nothing to calibrate on.
+    """
+    if all(prompt.response for prompt in prompts):
+        return Calibration(
+            *encode_with_response(loaded.tokenizer, prompts, [p.response or "" for p in prompts])
+        )
+    if judge is None:
+        raise UserError(
+            "prompts without responses need a judge to tell refusals; give prompts with responses"
+        )
+    answers = [answer.text for answer in generate(loaded, prompts, _NEW_TOKENS)]
+    kept = [
+        (prompt, answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if judge.judge(prompt.prompt, answer) is Verdict.REFUSED
+    ]
+    if not kept:
+        raise UserError(
+            f"{loaded.source} refuses none of {len(prompts)} harmful prompts, so it cannot serve as the reference; "
+            "give another --aligned, or prompts with responses"
+        )
+    return Calibration(*encode_with_response(loaded.tokenizer, [k[0] for k in kept], [k[1] for k in kept]))
+
+
+def prompts_only(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Calibration:
+    """Encode prompts alone; every token of them counts."""
+    ids = encode(loaded.tokenizer, prompts)
+    return Calibration(ids, [0] * len(ids))
+
+
+def accumulate(
+    loaded: LoadedModel, text: Calibration, names: Iterable[str], see: Callable[[str, Tensor], None]
+) -> None:
+    """Run the model over ``text`` and hand ``see`` each matrix's inputs at the counted tokens, (tokens, in)."""
+    mask: list[Tensor] = []
+
+    def watch(name: str) -> Callable[[Tensor], None]:
+        return lambda inputs: see(name, inputs[mask[0]].float())
+
+    with capture(loaded.model, {input_of(name): watch(name) for name in names}) as recorder:
+        for ids, attention, counted in forward_batches(loaded, text.ids, text.starts):
+            mask[:] = [counted]
+            with torch.no_grad():
+                loaded.model(input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=1)
+    if recorder.silent:
+        raise UserError(f"the calibration run never reached {recorder.silent[0].name}")
+
+
+def grams(loaded: LoadedModel, text: Calibration, left: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``G = Σ h hᵀ`` with ``h = A x`` per module, float64 (r, r); ``left`` gives A by weight name."""
+    sums = {name: torch.zeros(a.shape[0], a.shape[0], dtype=torch.float64) for name, a in left.items()}
+
+    def see(name: str, x: Tensor) -> None:
+        h = (x @ left[name].to(x).T).double()
+        sums[name] += (h.T @ h).cpu()
+
+    accumulate(loaded, text, left, see)
+    return sums
+
+
+def input_norms(loaded: LoadedModel, text: Calibration, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return ``sqrt(Σ_tokens x_j² / n_texts)`` of each matrix's inputs, float32 (in,), as Wanda uses it."""
+    sums: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        square = x.double().square().sum(0).cpu()
+        sums[name] = sums[name] + square if name in sums else square
+
+    accumulate(loaded, text, names, see)
+    return {name: (total / len(text.ids)).sqrt().float() for name, total in sums.items()}
+
+
+def last_token_states(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Tensor:
+    """Return the residual stream after every block at the last prompt token, float32 (prompts, layers, d)."""
+    ids = encode(loaded.tokenizer, prompts)
+    layers = len(read_layout(loaded.model))
+    rows: list[Tensor] = []
+    for text in ids:
+        states: dict[int, Tensor] = {}
+
+        def keep(layer: int, into: dict[int, Tensor]) -> Callable[[Tensor], None]:
+            return lambda hidden: into.__setitem__(layer, hidden[0, -1].float().cpu())
+
+        with (
+            capture(loaded.model, {block_output(i): keep(i, states) for i in range(layers)}),
+            torch.no_grad(),
+        ):
+            loaded.model(torch.tensor([text], device=loaded.device), use_cache=False, logits_to_keep=1)
+        rows.append(torch.stack([states[layer] for layer in range(layers)]))
+    return torch.stack(rows)
+
+
+def input_samples(
+    loaded: LoadedModel, text: Calibration, names: Iterable[str], limit: int
+) -> dict[str, Tensor]:
+    """Return the first ``limit`` input rows of each matrix at the counted tokens, (tokens, in)."""
+    samples: dict[str, list[Tensor]] = {}
+    held: dict[str, int] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        room = limit - held.get(name, 0)
+        if room > 0:
+            samples.setdefault(name, []).append(x[:room].cpu())
+            held[name] = held.get(name, 0) + min(room, len(x))
+
+    accumulate(loaded, text, names, see)
+    return {name: torch.cat(rows) for name, rows in samples.items()}
+
+
+def get_weight(loaded: LoadedModel, name: str) -> Tensor:
+    """Return one block matrix of a model in memory, float32 on the CPU."""
+    return linear_names(loaded.model)[name].get_parameter("weight").detach().float().cpu()
+
+
+def set_weight(loaded: LoadedModel, name: str, value: Tensor) -> None:
+    """Replace one block matrix of a model in memory."""
+    module = linear_names(loaded.model)[name]
+    weight = module.get_parameter("weight")
+    with torch.no_grad():
+        weight.copy_(value.to(weight.dtype))

@@ -1,0 +1,264 @@
+"""The three spaces in which a repair can edit, and how each reads its tensors and reaches the disk.
+
+======== =========================================== ===========================================
+space    a unit's tensors                            why
+======== =========================================== ===========================================
+dense    W itself                                    full fine-tunes; any edit
+rows     the left factor B of T = s·B·A              an edit of T's rows is the same edit of B's
+factors  both LoRA factors of the tuned adapter      NLSR, whose neurons are entries of factors
+======== =========================================== ===========================================
+
+In the space ``rows`` T is taken relative to the reference. For an adapter trained on the reference
+itself T is the adapter. For an adapter continued from the reference's adapter over one base,
+``T = s_t·B_t·A_t - s_a·B_a·A_a``, a product of rank ``r_t + r_a``, and so is the repaired adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from resafe.errors import UserError
+from resafe.model.layout import ATTENTION, FEED_FORWARD
+from resafe.repair.base import Job, Kind, Model, Unit
+from resafe.weights.adapter import Adapter, Factors
+from resafe.weights.checkpoint import Checkpoint, View
+
+_BLOCK = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<part>[\w.]+)\.weight")
+PARTS = FEED_FORWARD + ATTENTION
+
+
+def block_matrices(view: View) -> tuple[str, ...]:
+    """Return the names of all attention and feed-forward matrices, having counted them.
+
+    Raises:
+        UserError: a layer lacks one of the seven matrices: its layout is not known.
+    """
+    found: dict[int, set[str]] = {}
+    names = []
+    for name in view.names:
+        match = _BLOCK.fullmatch(name)
+        if match and match["part"] in PARTS:
+            found.setdefault(int(match["layer"]), set()).add(match["part"])
+            names.append(name)
+    nested = view.config.get("text_config")
+    config = nested if isinstance(nested, dict) else view.config
+    layers = config.get("num_hidden_layers", len(found))
+    lacking = [i for i in range(int(str(layers))) if found.get(i) != set(PARTS)]
+    if lacking or not found:
+        kind = view.config.get("model_type", "unknown")
+        raise UserError(
+            f"{view.folder} (model_type {kind}): layer {lacking[0] if lacking else 0} does not hold the seven "
+            "matrices of a Llama-like block; this architecture is not supported yet"
+        )
+    return tuple(names)
+
+
+@dataclass(frozen=True)
+class DenseSpace:
+    """Edits whole matrices of the (merged) tuned model."""
+
+    tuned: Model
+    aligned: Model | None
+    base: Checkpoint | None
+    kind: Kind = Kind.DENSE
+
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the block matrices."""
+        return block_matrices(self.tuned)
+
+    def unit(self, name: str) -> Unit:
+        """Read one tensor of every role."""
+        tuned = self.tuned.tensor(name)
+        aligned = tuned if self.aligned is None else self.aligned.tensor(name)
+        return Unit(
+            name,
+            self.kind,
+            {name: tuned},
+            {name: aligned},
+            tuned.float,
+            lambda: alignment(self.aligned, self.base, name),
+        )
+
+    def effective(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the dense matrix that edited tensors stand for."""
+        return tensors[name]
+
+
+@dataclass(frozen=True)
+class RowSpace:
+    """Edits rows of T = tuned - aligned through the left factor of the tuned adapter.
+
+    Attributes:
+        tuned: the adapter to repair.
+        reference: the aligned adapter over the same base, or None when the tuned adapter's own base
+            is the reference.
+    """
+
+    tuned: Adapter
+    reference: Adapter | None
+    base: Checkpoint | None
+    kind: Kind = Kind.ROWS
+
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the matrices that the adapter changes."""
+        return self.tuned.modules
+
+    @cached_property
+    def _aligned(self) -> Model:
+        return self.reference or self.tuned.base
+
+    def parts(self, name: str) -> Factors:
+        """Return T as one product: b (out, r_t + r_a) and a (r_t + r_a, in), at the tuned scale."""
+        mine = self.tuned.factors(name)
+        if self.reference is None:
+            return mine
+        other = self.reference.factors(name)
+        left = torch.cat([mine.b, (-other.scale / mine.scale * other.b.float()).to(mine.b.dtype)], dim=1)
+        return Factors(torch.cat([mine.a, other.a.to(mine.a.dtype)]), left, mine.scale)
+
+    def unit(self, name: str) -> Unit:
+        """Read the left factor; the reference's is zero."""
+        key = self.tuned.key(name, "B")
+        left = self.parts(name).b
+        return Unit(
+            name,
+            self.kind,
+            {key: left},
+            {key: torch.zeros_like(left)},
+            lambda: self.tuned.tensor(name).float(),
+            lambda: alignment(self._aligned, self.base, name),
+        )
+
+    def factors(self, name: str, left: Tensor) -> Factors:
+        """Return the adapter factors over the tuned adapter's base that an edited left factor stands for."""
+        whole = self.parts(name)
+        if self.reference is None:
+            return Factors(whole.a, left, whole.scale)
+        width = left.shape[1] - self.reference.rank(name)
+        restored = left.float().clone()
+        restored[:, width:] -= whole.b[:, width:].float()
+        return Factors(whole.a, restored.to(left.dtype), whole.scale)
+
+    def effective(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the dense matrix that an edited left factor stands for."""
+        factors = self.factors(name, tensors[self.tuned.key(name, "B")])
+        return _onto(self.tuned, name, factors)
+
+
+@dataclass(frozen=True)
+class FactorSpace:
+    """Edits both LoRA factors; tuned and reference are adapters of one shape over one base."""
+
+    tuned: Adapter
+    reference: Adapter
+    rotations: Mapping[str, Tensor] = field(default_factory=dict)
+    kind: Kind = Kind.FACTORS
+
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the matrices that the adapter changes."""
+        return self.tuned.modules
+
+    def unit(self, name: str) -> Unit:
+        """Read both factors of both adapters; the reference's left factor at the tuned scale."""
+        mine, other = self.own(name), self.reference.factors(name)
+        left = other.b if other.scale == mine.scale else other.b.float() * (other.scale / mine.scale)
+        a, b = self.tuned.key(name, "A"), self.tuned.key(name, "B")
+        return Unit(
+            name,
+            self.kind,
+            {a: mine.a, b: mine.b},
+            {a: other.a, b: left},
+            lambda: self.tuned.tensor(name).float(),
+            lambda: other.delta(),
+        )
+
+    def own(self, name: str) -> Factors:
+        """Return the tuned factors, brought to the reference's basis: ``R A`` and ``B Rᵀ``."""
+        mine, rotation = self.tuned.factors(name), self.rotations.get(name)
+        if rotation is None:
+            return mine
+        a, b = rotation @ mine.a.float(), mine.b.float() @ rotation.T
+        return Factors(a.to(mine.a.dtype), b.to(mine.b.dtype), mine.scale)
+
+    def factors(self, name: str, tensors: Mapping[str, Tensor]) -> Factors:
+        """Return the module's factors after an edit."""
+        mine = self.own(name)
+        a, b = self.tuned.key(name, "A"), self.tuned.key(name, "B")
+        return Factors(tensors.get(a, mine.a), tensors.get(b, mine.b), mine.scale)
+
+    def effective(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the dense matrix that edited factors stand for."""
+        return _onto(self.tuned, name, self.factors(name, tensors))
+
+
+AnySpace = DenseSpace | RowSpace | FactorSpace
+
+
+@runtime_checkable
+class OwnSpace(Protocol):
+    """A method that chooses its space from what it measured."""
+
+    def space(self, job: Job, statistics: object) -> AnySpace:
+        """Return the space to edit in."""
+        ...
+
+
+def _onto(adapter: Adapter, name: str, factors: Factors) -> Tensor:
+    delta = factors.delta()
+    return adapter.base.tensor(name).float() + (delta.T if adapter.settings.get("fan_in_fan_out") else delta)
+
+
+def alignment(aligned: Model | None, base: Checkpoint | None, name: str) -> Tensor:
+    """Return D = aligned - base of one matrix, in float32.
+
+    Raises:
+        UserError: there is no base.
+    """
+    if isinstance(aligned, Adapter) and (base is None or aligned.base.folder == base.folder):
+        if name in aligned.modules:
+            return aligned.factors(name).delta()
+        return torch.zeros(aligned.info(name).shape)
+    if aligned is None or base is None:
+        raise UserError("this method needs the base model (before alignment); give it with --base")
+    return aligned.tensor(name).float() - base.tensor(name).float()
+
+
+def choose_space(kinds: Sequence[Kind], job: Job) -> AnySpace:
+    """Return the first space among ``kinds`` that the inputs allow.
+
+    ``rows`` needs a tuned adapter whose reference is its base, or an adapter over the same base that
+    changes the same matrices. ``factors`` needs the latter, with equal ranks.
+    """
+    tuned, aligned = job.tuned, job.aligned
+    for kind in kinds:
+        if kind is Kind.DENSE:
+            return DenseSpace(tuned, aligned, job.base)
+        if not isinstance(tuned, Adapter) or tuned.replaced or tuned.settings.get("fan_in_fan_out"):
+            continue
+        paired = isinstance(aligned, Adapter) and same_modules(tuned, aligned)
+        if isinstance(aligned, Adapter) and paired:
+            if kind is Kind.ROWS:
+                return RowSpace(tuned, aligned, job.base)
+            if all(tuned.rank(name) == aligned.rank(name) for name in tuned.modules):
+                return FactorSpace(tuned, aligned)
+        if kind is Kind.ROWS and isinstance(aligned, Checkpoint) and _is_base_of(aligned, tuned):
+            return RowSpace(tuned, None, job.base)
+    raise UserError(
+        "this method cannot edit these inputs; give the tuned model merged, as a dense checkpoint"
+    )
+
+
+def same_modules(one: Adapter, other: Adapter) -> bool:
+    """Whether two plain adapters change the same matrices (and so can be compared factor by factor)."""
+    return set(one.modules) == set(other.modules) and not other.replaced
+
+
+def _is_base_of(aligned: Checkpoint, tuned: Adapter) -> bool:
+    return tuned.base.folder.resolve() == aligned.folder.resolve()
