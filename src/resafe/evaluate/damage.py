@@ -88,7 +88,7 @@ def kl(loaded: LoadedModel, reference: Reference, batch_size: int | None = None)
         # A token that the tuned model excludes adds nothing, whatever the other gives it: 0·log 0 = 0.
         terms = torch.where(tuned > -torch.inf, tuned.exp() * (tuned - found), 0.0)
         total += float(terms.cpu().double().sum())
-    return total / reference.tokens
+    return max(0.0, total / reference.tokens)  # a model against itself may come out at -1e-9 by rounding
 
 
 @torch.no_grad()

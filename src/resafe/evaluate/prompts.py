@@ -117,7 +117,9 @@ def _read_csv(file: Path, text: str) -> Iterator[Prompt]:
             assert key is not None  # a file without columns has no rows
             yield _prompt(where, {name: value or None for name, value in row.items()}, key)
     except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num} is malformed ({error}); check its quotes") from error
+        raise UserError(
+            f"{file}, line {reader.reader.line_num} is malformed ({error}); check its quotes"
+        ) from error
 
 
 def _prompt_field(names: Sequence[str]) -> str | None:

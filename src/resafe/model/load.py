@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,13 @@ from typing import Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -22,6 +29,10 @@ from resafe.weights.adapter import Adapter, base_folder
 from resafe.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GENERIC_TOKENIZERS = (
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)  # all that they are is in tokenizer.json
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
@@ -73,7 +84,7 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", merge:
     dense = base_folder(folder) if adapted else folder
     _check_config(dense)
     kind = _dtype(dtype, where)
-    with _no_progress_bars():
+    with _quiet():
         loaded = _load_dense(dense, torch.float32 if adapted and merge else kind)
         if adapted:
             loaded = _adapt(loaded, folder)
@@ -131,9 +142,10 @@ def _load_dense(folder: Path, dtype: torch.dtype | Literal["auto"]) -> PreTraine
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
+        ignore_mismatched_sizes=True,  # counted below and refused, in our words
         output_loading_info=True,
     )
-    for what in ("missing_keys", "mismatched_keys"):
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(name) for name in info[what])
         if names:
             raise UserError(
@@ -180,7 +192,7 @@ def _load_tokenizer(folder: Path, dense: Path) -> PreTrainedTokenizerBase:
             break
     else:
         raise UserError(f"{dense} has no tokenizer: save one beside the model with tokenizer.save_pretrained")
-    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+    tokenizer = _read_tokenizer(place)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -190,13 +202,32 @@ def _load_tokenizer(folder: Path, dense: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _read_tokenizer(place: Path) -> PreTrainedTokenizerBase:
+    file = place / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    if settings.get("tokenizer_class") in GENERIC_TOKENIZERS and (place / "tokenizer.json").is_file():
+        # For some model types AutoTokenizer would put its own splitting of words in the place of the file's.
+        return PreTrainedTokenizerFast.from_pretrained(place, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+    except ValueError as error:
+        if "auto_map" not in settings:
+            raise
+        raise UserError(
+            f"the tokenizer in {place} needs code that comes with it, which resafe never runs: "
+            "save it as a fast tokenizer (tokenizer.json)"
+        ) from error
+
+
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing on the terminal; only the command line draws."""
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing on the terminal, and peft from warning of its own calls to it."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Phi3Config
+
+from resafe.errors import UserError
+from resafe.model.layout import linear_names, read_layout
+from resafe.weights.checkpoint import Checkpoint
+
+from . import tiny
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_names_are_all_matrices_of_the_blocks_in_the_checkpoint(folders: Path, family: str) -> None:
+    view = Checkpoint.open(folders / family)
+    stored = {name: view.info(name).shape for name in view.names if ".layers." in name}
+    matrices = {name: shape for name, shape in stored.items() if len(shape) == 2}
+    layout = read_layout(tiny.build(family))
+    assert {name: linear.shape for name, linear in layout.linears.items()} == matrices
+    assert layout.coverage.matrices == len(matrices) == 7 * tiny.LAYERS
+    assert layout.coverage.neurons == tiny.LAYERS * tiny.WIDTH
+    assert layout.widths == (tiny.WIDTH,) * tiny.LAYERS
+
+
+def test_blocks_are_in_order_and_hold_their_modules() -> None:
+    model = tiny.build()
+    layout = read_layout(model)
+    for index, block in enumerate(layout):
+        assert block.index == index
+        assert block.module is model.model.layers[index]
+        assert block.down.module is model.model.layers[index].mlp.down_proj
+        assert block.gate.name == f"model.layers.{index}.mlp.gate_proj.weight"
+        assert [linear.name.split(".")[-2] for linear in block.attention] == [
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+        ]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["down_proj", "gate_proj"]])
+def test_an_adapter_changes_modules_but_no_names(targets: str | list[str]) -> None:
+    plain = linear_names(tiny.build())
+    wrapped = linear_names(tiny.adapt(tiny.build(), targets=targets))
+    assert list(wrapped) == list(plain)
+    changed = {name for name in plain if type(wrapped[name]) is not type(plain[name])}
+    wanted = plain if targets == "all-linear" else [n for n in plain if n.split(".")[-2] in targets]
+    assert changed == set(wanted)
+
+
+def test_a_layer_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match="no layer 7.*layers 0 to 2"):
+        read_layout(tiny.build())[7]
+
+
+@pytest.mark.parametrize(("config", "named"), [(Phi3Config, "gate_up_proj"), (MixtralConfig, "experts")])
+def test_other_blocks_are_refused_by_name(config: type, named: str) -> None:
+    sizes = {key: value for key, value in tiny.config("llama").to_dict().items() if key.endswith("_size")}
+    settings = config(
+        **sizes,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        num_local_experts=2,
+    )
+    model = AutoModelForCausalLM.from_config(settings)
+    with pytest.raises(UserError, match=rf"model\.layers\.0 of {type(model).__name__}.*{named}"):
+        read_layout(model)
+
+
+def test_a_model_without_a_list_of_layers_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20))
+    with pytest.raises(UserError, match="GPT2LMHeadModel"):
+        read_layout(model)
+
+
+def test_one_strange_matrix_in_one_block_is_refused() -> None:
+    model = tiny.build()
+    model.model.layers[1].mlp.extra = nn.Linear(4, 4)
+    with pytest.raises(UserError, match=r"model\.layers\.1 .*mlp\.extra"):
+        read_layout(model)
+
+
+def test_a_missing_matrix_is_refused() -> None:
+    model = tiny.build()
+    del model.model.layers[2].mlp.gate_proj
+    with pytest.raises(UserError, match=r"model\.layers\.2 .*no mlp\.gate_proj"):
+        read_layout(model)
+
+
+def test_a_known_name_on_a_module_of_another_kind_is_refused() -> None:
+    model = tiny.build()
+    model.model.layers[0].mlp.up_proj = nn.Embedding(tiny.WIDTH, tiny.HIDDEN)
+    with pytest.raises(UserError, match=r"mlp\.up_proj"):
+        read_layout(model)
+
+
+def test_neurons_that_do_not_match_are_refused() -> None:
+    model = tiny.build()
+    model.model.layers[0].mlp.up_proj = nn.Linear(tiny.HIDDEN, tiny.WIDTH + 1, bias=False)
+    with pytest.raises(UserError, match="do not share their neurons"):
+        read_layout(model)
+
+
+def test_a_block_matrix_that_an_adapter_replaces_whole_is_refused() -> None:
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    wrapped = get_peft_model(tiny.build(), settings)
+    with pytest.raises(UserError, match="down_proj"):
+        read_layout(wrapped)
+
+
+def test_reading_a_layout_changes_nothing() -> None:
+    model = tiny.build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    read_layout(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
