@@ -91,8 +91,18 @@ def test_a_token_that_the_tuned_model_excludes_adds_nothing() -> None:
     reference = reference_logprobs(loaded, [[1, 4, 9]], [2], tokens=1)
     logprobs = reference.logprobs[0].clone()
     logprobs[0, 5] = -torch.inf
-    found = kl(loaded, Reference(reference.ids, reference.response_start, (logprobs,)))
-    assert math.isfinite(found)
+    found = kl(tiny_model(seed=3), Reference(reference.ids, reference.response_start, (logprobs,)))
+    whole = kl(tiny_model(seed=3), reference)
+    other = reference_logprobs(tiny_model(seed=3), [[1, 4, 9]], [2], tokens=1).logprobs[0][0, 5]
+    left_out = reference.logprobs[0][0, 5].exp() * (reference.logprobs[0][0, 5] - other)
+    assert found == pytest.approx(whole - left_out.item(), abs=1e-5)
+
+
+def test_a_broken_model_is_infinitely_far_away_not_near() -> None:
+    loaded, broken = tiny_model(), tiny_model()
+    reference = reference_logprobs(loaded, *texts(loaded))
+    broken.model.lm_head.weight.fill_(torch.nan)
+    assert kl(broken, reference) == math.inf
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:

@@ -41,6 +41,23 @@ def test_an_answer_does_not_depend_on_its_batch(loaded: LoadedModel, batch_size:
     assert len({answer.text for answer in single}) > 2
 
 
+def test_positions_count_from_the_prompts_own_first_token(llama: LoadedModel) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(module: object, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        seen.append((kwargs["attention_mask"], kwargs["position_ids"]))
+
+    handle = llama.model.register_forward_pre_hook(look, with_kwargs=True)
+    generate(llama, ["w1 w2 w3", "red"], 3)
+    handle.remove()
+    (first, positions), *later = seen
+    for row, length in enumerate(first.sum(dim=1).tolist()):
+        assert positions[row, -length:].tolist() == list(range(length))
+        assert [step[1][row].tolist() for step in later] == [[length + n] for n in range(len(later))]
+    assert first.sum(dim=1).tolist() == [6, 4]
+    assert len(later) == 2
+
+
 def test_answers_are_the_greedy_ones(loaded: LoadedModel) -> None:
     stops = stop_tokens(loaded)
     for prompt, answer in zip(PROMPTS, generate(loaded, PROMPTS, 10), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resafe.errors import UserError
-from resafe.model.generate import by_length, check_fits, pad_right
+from resafe.model.generate import by_length, check_fits, pad_right, rows_per_batch
 from resafe.model.load import LoadedModel
 
 
@@ -72,7 +73,8 @@ def reference_logprobs(
 def kl(loaded: LoadedModel, reference: Reference, batch_size: int | None = None) -> float:
     """Return the mean of KL(tuned || model) over the looked-at tokens, in nats per token.
 
-    KL(P || Q) = sum over v of P(v)·(log P(v) - log Q(v)), summed in float64.
+    KL(P || Q) = sum over v of P(v)·(log P(v) - log Q(v)), summed in float64. A model that gives no
+    numbers at all is infinitely far away.
 
     Raises:
         UserError: when the model's vocabulary is not the reference's.
@@ -88,7 +90,10 @@ def kl(loaded: LoadedModel, reference: Reference, batch_size: int | None = None)
         # A token that the tuned model excludes adds nothing, whatever the other gives it: 0·log 0 = 0.
         terms = torch.where(tuned > -torch.inf, tuned.exp() * (tuned - found), 0.0)
         total += float(terms.cpu().double().sum())
-    return max(0.0, total / reference.tokens)  # a model against itself may come out at -1e-9 by rounding
+    mean = total / reference.tokens
+    if math.isnan(mean):
+        return math.inf
+    return max(0.0, mean)  # a model against itself may come out at -1e-9 by rounding
 
 
 @torch.no_grad()
@@ -97,7 +102,7 @@ def _logprobs(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (text number, log-probabilities of its response tokens: (tokens, vocabulary), float32)."""
     check_fits(loaded, ids)
-    for chunk in by_length([len(row) for row in ids], batch_size):
+    for chunk in by_length([len(row) for row in ids], rows_per_batch(loaded, batch_size)):
         first = min(starts[row] for row in chunk) - 1  # the position before a token predicts it
         last = max(len(ids[row]) for row in chunk) - 1
         tokens, attention, _ = pad_right(loaded, [ids[row] for row in chunk], [starts[row] for row in chunk])

@@ -124,7 +124,7 @@ def measure(
         max_new_tokens: the most tokens of an answer. By default, for each set: the longest reference response
             plus 8 where every prompt has one, else 64; for harmful and benign prompts no more than 64, as
             judging needs no more; and never more than the model's context leaves room for.
-        batch_size: prompts in a batch (default 32).
+        batch_size: prompts in a batch (default: see `resafe.model.generate.generate`).
         progress: called with (answered, total) over all sets.
 
     Raises:

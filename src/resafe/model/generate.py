@@ -15,7 +15,9 @@ from resafe.model.load import LoadedModel
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
+SMALL_MODEL = 100_000_000  # parameters
 DEFAULT_BATCH = 32
+DEFAULT_BATCH_SMALL = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def generate(
         loaded: the model.
         prompts: the requests.
         max_new_tokens: the most tokens of an answer.
-        batch_size: prompts in a batch (default 32).
+        batch_size: prompts in a batch (default 32; 128 for a model of less than 100 million parameters).
         progress: called with (answered, total) after each batch.
 
     Returns:
@@ -66,7 +68,7 @@ def generate(
     check_vocabulary(loaded, ids)
     stops = stop_tokens(loaded)
     answers: dict[int, Generation] = {}
-    for chunk in by_length([len(row) for row in ids], batch_size):
+    for chunk in by_length([len(row) for row in ids], rows_per_batch(loaded, batch_size)):
         for row, tokens in zip(
             chunk, _greedy(loaded, [ids[i] for i in chunk], max_new_tokens, stops), strict=True
         ):
@@ -88,7 +90,7 @@ def forward_batches(
     and true at the positions of the response's own tokens (padding is in neither).
     """
     check_fits(loaded, ids)
-    for chunk in by_length([len(row) for row in ids], batch_size):
+    for chunk in by_length([len(row) for row in ids], rows_per_batch(loaded, batch_size)):
         yield pad_right(loaded, [ids[i] for i in chunk], [response_start[i] for i in chunk])
 
 
@@ -106,13 +108,19 @@ def pad_right(
     return tokens.to(device), attention.long().to(device), response.to(device)
 
 
-def by_length(lengths: Sequence[int], batch_size: int | None = None) -> list[list[int]]:
+def rows_per_batch(loaded: LoadedModel, wanted: int | None) -> int:
+    """Return ``wanted``, or a number that suits the model's size."""
+    if wanted is None:
+        return DEFAULT_BATCH_SMALL if plain(loaded.model).num_parameters() < SMALL_MODEL else DEFAULT_BATCH
+    if wanted < 1:
+        raise UserError(f"batch_size must be at least 1, not {wanted}")
+    return wanted
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Group row numbers into batches of similar length, longest first: what does not fit fails at once."""
-    size = DEFAULT_BATCH if batch_size is None else batch_size
-    if size < 1:
-        raise UserError(f"batch_size must be at least 1, not {size}")
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def context_length(loaded: LoadedModel) -> int | None:
@@ -157,7 +165,7 @@ def stop_tokens(loaded: LoadedModel) -> frozenset[int]:
 def _greedy(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, stops: frozenset[int]
 ) -> list[list[int]]:
-    """Continue each prompt; a row that has stopped is fed padding until all have."""
+    """Continue each prompt; a row that has stopped runs on until all have, and is cut afterwards."""
     longest = max(len(row) for row in prompts)
     pad, device = loaded.tokenizer.pad_token_id, loaded.device
     tokens = torch.tensor([[*[pad] * (longest - len(row)), *row] for row in prompts], device=device)
@@ -178,7 +186,7 @@ def _greedy(
             logits_to_keep=1,
         )
         cache = out.past_key_values
-        step = out.logits[:, -1].argmax(-1).masked_fill(done, pad)  # (batch,)
+        step = out.logits[:, -1].argmax(-1)  # (batch,)
         new.append(step)
         done |= torch.isin(step, stop)
         if len(new) == max_new_tokens or bool(done.all()):
