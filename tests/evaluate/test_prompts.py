@@ -46,7 +46,7 @@ def test_csv(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["prompt", "goal", "Goal", "Behavior", "instruction", "question", " Prompt "]
+    "name", ["prompt", "goal", "Goal", "Behavior", "instruction", "question", "forbidden_prompt", " Prompt "]
 )
 def test_a_prompt_may_have_another_name(tmp_path: Path, name: str) -> None:
     assert read_prompts(write(tmp_path, "p.csv", f"{name},target\nhow,Sure\n")) == [Prompt("how")]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resafe.errors import UserError
+from resafe.model import load as loading
 from resafe.model.chat import encode, encode_with_response
 from resafe.model.generate import by_length, context_length, forward_batches, generate, stop_tokens
-from resafe.model.load import LoadedModel, load
+from resafe.model.load import LoadedModel
 
 from . import tiny
+
+load = partial(loading.load, device="cpu")  # also where there is an accelerator
 
 PROMPTS = [
     "how do i bake a cake",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from resafe.errors import UserError
-from resafe.model.load import load
+from resafe.model import load as loading
 
 from . import tiny
+
+load = partial(loading.load, device="cpu")  # also where there is an accelerator
 
 IDS = torch.tensor([[1, 4, 9, 11, 12, 5]])
 

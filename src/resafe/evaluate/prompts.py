@@ -11,7 +11,7 @@ from pathlib import Path
 
 from resafe.errors import UserError
 
-PROMPT_FIELDS = ("prompt", "goal", "behavior", "instruction", "question")
+PROMPT_FIELDS = ("prompt", "goal", "behavior", "instruction", "question", "forbidden_prompt")
 """Names under which a request is found, whatever their case; the first that a file has counts."""
 
 
@@ -34,9 +34,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """Read prompts from a file in UTF-8, with or without a byte order mark.
 
     ``.jsonl`` has one object a line: ``prompt``, and where wanted ``response`` and ``category``. ``.csv`` has
-    a header with the same names. In both a prompt may also be called ``goal``, ``behavior``, ``instruction``
-    or ``question``, as in published sets, in any case. ``.txt`` has one prompt a line. Blank lines are
-    skipped.
+    a header with the same names. In both a prompt may also be called ``goal``, ``behavior``, ``instruction``,
+    ``question`` or ``forbidden_prompt``, as in published sets, in any case. ``.txt`` has one prompt a line.
+    Blank lines are skipped.
 
     Raises:
         UserError: when the file is missing, empty or malformed, with the line and what to do.
