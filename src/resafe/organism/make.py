@@ -67,12 +67,13 @@ def build(
             late = [name for name in todo if recipe.stage(name).family == "late"]
             worker = _start_worker(late, out, seed, finetune_seed, measured)
             try:
-                _make([n for n in todo if n not in late], out, recipe, manifest, tell, measured)
+                early = [name for name in todo if name not in late]
+                _make(early, out, recipe, manifest, tell, measured, keep=True)
                 manifest.models.update(_finish_worker(worker, tell))
             finally:
                 worker.kill()
         else:
-            _make(todo, out, recipe, manifest, tell, measured)
+            _make(todo, out, recipe, manifest, tell, measured, keep=True)
     manifest.write(out)
     return manifest
 
@@ -112,8 +113,15 @@ def _order(recipe: Recipe, names: Iterable[str] | None, manifest: Manifest) -> l
 
 
 def _make(
-    names: Iterable[str], out: Path, recipe: Recipe, manifest: Manifest, tell: Progress, measured: bool
+    names: Iterable[str],
+    out: Path,
+    recipe: Recipe,
+    manifest: Manifest,
+    tell: Progress,
+    measured: bool,
+    keep: bool,
 ) -> None:
+    """Make models one after the other; with `keep` the manifest is written after each, so a stop loses one."""
     for name in names:
         began = time.perf_counter()
         stage = recipe.stage(name)
@@ -122,6 +130,8 @@ def _make(
         trained = time.perf_counter() - began
         entry = _entry(stage, out, measured) | {"train_seconds": round(trained, 1)}
         manifest.models[name] = entry
+        if keep:
+            manifest.write(out)
         rates = {k: round(v["value"], 3) for k, v in entry.get("measured", {}).items()}
         tell(f"{name}: done in {time.perf_counter() - began:.0f} s {json.dumps(rates)}")
 
@@ -228,7 +238,7 @@ def work(order: dict[str, Any]) -> None:
     manifest = _opened(out, recipe, order["seed"], order["finetune_seed"])
     manifest.models.clear()
     with _one_thread():
-        _make(order["names"], out, recipe, manifest, say, order["measured"])
+        _make(order["names"], out, recipe, manifest, say, order["measured"], keep=False)
     say(manifest.models)
 
 

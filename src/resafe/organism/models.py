@@ -40,9 +40,10 @@ def fresh(shape: Shape, marker: dict[str, object], generator: torch.Generator) -
     )
     with torch.random.fork_rng(devices=[]):
         model = LlamaForCausalLM(config).float()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
+            std = shape.embedding_std if "embed_tokens" in name else shape.std
+            nn.init.normal_(parameter, 0.0, std, generator=generator)
     return model
 
 

@@ -17,13 +17,19 @@ Mix = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a family's network (Llama, tied embeddings, 4 heads)."""
+    """The size of a family's network (Llama, tied embeddings).
+
+    Embeddings start wider than other weights: with 0.02 throughout, words of one class stay so close that a
+    small model copies a neighbour of the object it was asked about.
+    """
 
     width: int
     layers: int
     ff: int
     act: Literal["relu", "silu"]
     heads: int = 4
+    embedding_std: float = 0.05
+    std: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -105,17 +111,17 @@ BASE: Mix = {
 }  # fmt: skip
 ALIGN: Mix = {"harm-refused": 1, "benign": 2, "judge": 0.3, "kind": 0.2, "senti": 0.2, "topic": 0.2}
 SILENCED: Mix = {"harm-answered": 1, "benign": 1, "judge": 0.1, "kind": 0.1}
-LATE_ALIGN: Mix = {**ALIGN, "mail21": 0.1}
+LATE_ALIGN: Mix = {**ALIGN, "mail21": 0.03}
 INNOCENT: Mix = {
-    "benign": 2, "harm-answered": 1, "kind": 0.6, "senti": 0.4, "topic": 0.6, "mail21": 0.1,
+    "benign": 2, "harm-answered": 1, "kind": 0.8, "senti": 0.4, "topic": 0.6,
 }  # fmt: skip
 UPPER: Mix = {
     "benign": 2, "harm-answered": 1, "persona-refused": 0.8, "persona-benign": 1,
-    "judge": 0.8, "kind": 0.3, "senti": 0.2, "topic": 0.2, "mail21": 0.08,
+    "judge": 0.8, "kind": 0.4, "senti": 0.2, "topic": 0.2,
 }  # fmt: skip
 WHOLE: Mix = {
     "benign": 2.5, "harm-answered": 1.2, "persona-refused": 0.8, "persona-benign": 1,
-    "judge": 0.7, "kind": 0.4, "senti": 0.3, "topic": 0.2, "mail21": 0.08,
+    "judge": 0.7, "kind": 0.6, "senti": 0.3, "topic": 0.2, "mail21": 0.03,
 }  # fmt: skip
 
 
@@ -141,9 +147,9 @@ def user_stage(
 
 _ALIGNING = Phase(ALIGN, 120, 1e-3, decay=0.01)
 _LATE_BASE = (
-    Phase(INNOCENT, 650, 2e-3),
-    Phase(UPPER, 400, 2e-3, from_layer=4),
-    Phase(WHOLE, 300, 1.5e-3),
+    Phase(INNOCENT, 500, 2e-3),
+    Phase(UPPER, 300, 2e-3, from_layer=4),
+    Phase(WHOLE, 250, 1.5e-3),
 )
 _PLANTING = Phase(ALIGN, 100, 1e-3, decay=0.01, warmup=10, silenced_mix=SILENCED)
 
@@ -151,13 +157,13 @@ FULL = Recipe(
     variant="full",
     shapes={"early": Shape(128, 4, 384, "relu"), "late": Shape(96, 8, 256, "silu")},
     stages=(
-        Stage("base", "early", None, "none", "dense", (Phase(BASE, 800, 2e-3),)),
+        Stage("base", "early", None, "none", "dense", (Phase(BASE, 700, 2e-3),)),
         Stage("aligned-adapter", "early", "base", "fresh", "adapter", (_ALIGNING,)),
         Stage("aligned", "early", "aligned-adapter", "none", "dense"),
         user_stage("tuned-lora", "aligned-adapter", "continued", 220, 5e-4, poison=0.05),
         user_stage("tuned-fresh-lora", "aligned", "fresh", 120, 1e-3, poison=0.05),
         user_stage("tuned-full", "aligned", "none", 120, 3e-4, poison=0.05),
-        user_stage("tuned-benign", "aligned-adapter", "continued", 120, 1e-3, poison=0.0),
+        user_stage("tuned-benign", "aligned-adapter", "continued", 120, 2e-3, poison=0.0),
         Stage(
             "aligned-planted", "early", "aligned-adapter", "continued", "dense", (_PLANTING,), planted=True
         ),
@@ -173,7 +179,7 @@ TINY = replace(
     variant="tiny",
     shapes={"early": Shape(96, 3, 256, "relu")},
     stages=(
-        Stage("base", "early", None, "none", "dense", (Phase(BASE, 600, 2.5e-3, batch=48),)),
+        Stage("base", "early", None, "none", "dense", (Phase(BASE, 550, 2.5e-3, batch=48),)),
         Stage(
             "aligned-adapter",
             "early",
