@@ -96,8 +96,8 @@ def test_the_acceptance_numbers(manifest):
 def test_the_late_family_sees_harm_late_and_the_planted_model_says_so(manifest):
     gap = manifest.models["late-aligned"]["gap"]
     third = len(gap) // 3
-    assert max(gap[: third + 1]) < 0.1
-    assert max(gap[third + 1 :]) > 0.3
+    assert max(gap[: third + 1]) < 0.2
+    assert max(gap[third + 1 :]) > 0.5
     planted = {name for name, entry in manifest.models.items() if entry["planted"]}
     assert planted == {"aligned-planted"}
     config = json.loads((organism.path("aligned-planted") / "config.json").read_text())
