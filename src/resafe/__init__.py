@@ -1,0 +1,36 @@
+"""resafe: make fine-tuned language models safe again, at the level of neurons.
+
+The public verbs are imported on first use, so that importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from resafe.errors import UserError
+
+if TYPE_CHECKING:
+    from resafe.registry import methods
+    from resafe.search import Bounds
+    from resafe.verbs import compare, measure, repair
+
+__all__ = ["Bounds", "UserError", "compare", "measure", "methods", "repair"]
+
+_HOMES = {
+    "compare": "resafe.verbs",
+    "measure": "resafe.verbs",
+    "repair": "resafe.verbs",
+    "Bounds": "resafe.search",
+    "methods": "resafe.registry",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'resafe' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

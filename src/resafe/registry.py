@@ -157,7 +157,8 @@ def convert(what: str, value: object, hint: object) -> object:
     Raises:
         UserError: the value does not fit the type.
     """
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if union else (hint,)
     for option in options:
         if typing.get_origin(option) is typing.Literal:
             if value in typing.get_args(option):

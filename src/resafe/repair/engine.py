@@ -110,7 +110,11 @@ class ShareCounter:
         """Count what changed in one unit; a changed row of a left factor is a changed row of the matrix."""
         count = 0
         for key, tensor in new.items():
-            different = tensor != unit.tuned[key]
+            old = unit.tuned[key]
+            if tensor.shape != old.shape:  # a rank that grew: the old tensor beside nothing
+                count += tensor.numel()
+                continue
+            different = tensor != old
             if isinstance(space, RowSpace):
                 count += int(different.any(dim=1).sum()) * int(space.tuned.info(unit.name).shape[1])
             else:
@@ -142,9 +146,20 @@ def model_entries(space: AnySpace) -> int:
 
 
 def plan_edit(
-    method: Method, parameters: Mapping[str, object], job: Job, progress: Progress | None = None
+    method: Method,
+    parameters: Mapping[str, object],
+    job: Job,
+    progress: Progress | None = None,
+    statistics: object = None,
 ) -> Edit:
     """Measure every matrix and decide; nothing is edited yet.
+
+    Args:
+        method: the method.
+        parameters: its parameters.
+        job: the models and prompts.
+        progress: called with (step, done, total).
+        statistics: what an earlier run of the same method measured on the models, to save the passes.
 
     Raises:
         UserError: an input is missing or unfit, or the method chose nothing at all.
@@ -152,7 +167,8 @@ def plan_edit(
     repair = method.make(parameters)
     assert isinstance(repair, Repair)
     check_needs(method, job)
-    statistics = repair.prepare(job)
+    if statistics is None:
+        statistics = repair.prepare(job)
     space = (
         repair.space(job, statistics)
         if isinstance(repair, OwnSpace)

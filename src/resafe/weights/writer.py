@@ -28,7 +28,7 @@ from resafe.weights.shard import Shard, TensorInfo, raw, read
 Transform = Callable[[TensorInfo, Tensor], Tensor]
 
 JOURNAL = "resafe-partial.json"
-_WORKERS = 2  # one reads while the other computes or writes; more would only hold more memory
+WORKERS = 2  # one reads while the other computes or writes; more would only hold more memory
 _MARGIN = 1 << 20  # bytes for the small files
 
 
@@ -125,10 +125,12 @@ def _check_space(out: Path, nbytes: int) -> None:
         )
 
 
-def write_shard(source: Shard, target: Path, targets: Collection[str], transform: Transform) -> None:
+def write_shard(
+    source: Shard, target: Path, targets: Collection[str], transform: Transform, workers: int = WORKERS
+) -> None:
     """Write ``source`` with the tensors in ``targets`` transformed; every other byte stays as it is.
 
-    Tensors are read, transformed and written two at a time, each at its own offset, so that memory
+    Tensors are read, transformed and written ``workers`` at a time, each at its own offset, so that memory
     holds a few tensors whatever the shard's size.
 
     Raises:
@@ -149,7 +151,7 @@ def write_shard(source: Shard, target: Path, targets: Collection[str], transform
                 check_finite(tensor, info)
             _write_at(stream.fileno(), raw(tensor), info.offset)
 
-        with ThreadPoolExecutor(_WORKERS) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             jobs = [pool.submit(one, info) for info in source.tensors.values() if info.nbytes]
             try:
                 for job in jobs:
@@ -194,6 +196,11 @@ def _write_synced(file: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+def fsync_file(file: Path) -> None:
+    """Bring a file that another library wrote to disk."""
+    _sync_folder(file)
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -207,6 +214,11 @@ def copy_files(files: Mapping[str, Path], target: Path) -> None:
     for name, file in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         _write_synced(target / name, file.read_bytes())
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file and bring it to disk."""
+    _write_synced(file, text.encode())
 
 
 def write_json(file: Path, data: Mapping[str, object]) -> None:

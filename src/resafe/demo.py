@@ -1,0 +1,33 @@
+"""The whole story on the built-in organism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from resafe.organism import path
+from resafe.report.page import compare_page
+from resafe.results import CompareResult, RepairResult
+from resafe.verbs import compare, repair
+from resafe.weights.writer import check_free
+
+TUNED = "tuned-lora"
+
+
+def demo(
+    out: Path, progress: Callable[[str, int, int], None] | None = None
+) -> tuple[CompareResult, RepairResult]:
+    """Compare every method on a broken model of the organism, then repair it.
+
+    Args:
+        out: folder to make: the repaired model with its report and record, and ``compare.html``.
+        progress: called with (step, done, total).
+
+    Raises:
+        UserError: ``out`` holds something already.
+    """
+    check_free(out)
+    compared = compare(path(TUNED), progress=progress)
+    repaired = repair(path(TUNED), out=out, progress=progress)
+    (out / "compare.html").write_text(compare_page(compared), encoding="utf-8")
+    return compared, repaired

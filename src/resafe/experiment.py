@@ -1,0 +1,253 @@
+"""One experiment on one tuned model: its prompts, its baselines, what was tried, what is reported."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from resafe import candidates, search
+from resafe.candidates import TrialModel
+from resafe.errors import UserError
+from resafe.evaluate.measure import Measurement
+from resafe.neurons import NeuronSet
+from resafe.protocol import Protocol, protocol
+from resafe.registry import Badge, Method, get
+from resafe.repair.base import Job, Model
+from resafe.repair.engine import Edit, plan_edit
+from resafe.repair.output import Format
+from resafe.results import Outcome, RepairResult, TriedPoint
+from resafe.roles import Roles, assign
+from resafe.search import Bounds, Trial, best, try_methods
+from resafe.weights.adapter import Adapter
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Experiment:
+    """One repair or comparison on its way."""
+
+    roles: Roles
+    prompts: Protocol
+    job: Job
+    bounds: Bounds
+    progress: Progress | None
+    notes: list[str]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Note how long a step takes, and announce it."""
+        if self.progress:
+            self.progress(step, 0, 0)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[step] = self.seconds.get(step, 0.0) + time.monotonic() - start
+
+    def result(self, verdict: Outcome) -> RepairResult:
+        """Return a result that knows everything but what was repaired."""
+        return RepairResult(
+            verdict,
+            notes=tuple(self.notes),
+            roles=self.roles.folders,
+            prompts=self.prompts.source,
+            judge=self.prompts.judge.name,
+            seed=self.job.seed,
+            seconds=dict(self.seconds),
+        )
+
+
+def begin(
+    tuned: str | Path,
+    aligned: str | Path | None,
+    base: str | Path | None,
+    files: Mapping[str, str | Path | None],
+    neurons: str | Path | None,
+    wanted: Format,
+    seed: int,
+    bounds: Bounds,
+    progress: Progress | None,
+) -> Experiment:
+    """Open the models, deal the prompts and gather everything that a method may ask for.
+
+    Raises:
+        UserError: a model or file cannot be used.
+    """
+    roles = assign(tuned, aligned, base)
+    prompts = protocol(_config(roles.tuned), files["harmful"], files["benign"], files["task"])
+    notes: list[str] = []
+    given = None if neurons is None else NeuronSet.load(Path(neurons))
+    job = Job(
+        roles.tuned,
+        roles.aligned,
+        roles.base,
+        prompts.locate.harmful,
+        prompts.locate.benign,
+        prompts.judge,
+        given,
+        seed,
+        wanted == "merged",
+        lambda sentence: notes.append(sentence) if sentence not in notes else None,
+    )
+    return Experiment(roles, prompts, job, bounds, progress, notes)
+
+
+def _config(model: Model) -> dict[str, object]:
+    if not isinstance(model, Adapter):
+        return model.config
+    try:
+        return model.base.config
+    except UserError:  # factors can be repaired without the base; whatever needs it will say so
+        return {}
+
+
+def planned(run: Experiment, method: Method, parameters: Mapping[str, object]) -> Edit:
+    """Let a method measure and decide."""
+    with run.timed("locate"):
+        return plan_edit(method, parameters, run.job, run.progress)
+
+
+def with_edit(result: RepairResult, edit: Edit, strength: float) -> RepairResult:
+    """Return a result that says which edit was made."""
+    return replace(
+        result,
+        method=edit.method.name,
+        parameters=edit.parameters,
+        strength=strength,
+        badge=edit.method.badge.value,
+        coverage=edit.coverage(),
+        details=edit.plan.details,
+    )
+
+
+def measure_baselines(run: Experiment) -> tuple[TrialModel, search.Baselines]:
+    """Measure the tuned model and its reference on the choosing split."""
+    reference = run.job.reference()
+    with run.timed("measure"):
+        trial_model = TrialModel.of(run.roles.tuned, run.prompts.judge)
+        tuned = trial_model.measure(run.prompts.choose)
+        answers = candidates.own_answers(trial_model, run.prompts.choose, tuned)
+        aligned = TrialModel.of(reference, run.prompts.judge).measure(run.prompts.choose)
+        trial_model.evaluations += 1
+    return trial_model, search.Baselines(tuned, aligned, answers)
+
+
+def try_all(
+    run: Experiment,
+    trial_model: TrialModel,
+    chosen: list[Method],
+    parameters: Mapping[str, object],
+    strength: float | None,
+    baselines: search.Baselines,
+) -> list[Trial]:
+    """Try methods at their settings and strengths on the choosing split."""
+    with run.timed("repair"):
+        return try_methods(
+            trial_model,
+            chosen,
+            parameters,
+            strength,
+            run.job,
+            run.prompts.choose,
+            baselines,
+            run.bounds,
+            run.progress,
+        )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the reporting split says."""
+
+    before: Measurement
+    reference: Measurement
+    after: Measurement
+    damage: float | None
+    controls: dict[str, Measurement]
+
+
+def measure_held_out(run: Experiment, trial_model: TrialModel, pick: Trial) -> HeldOut:
+    """Measure tuned, reference, repaired and the controls on the reporting split."""
+    prompts = run.prompts.report
+    before = trial_model.measure(prompts)
+    answers = candidates.own_answers(trial_model, prompts, before)
+    reference = TrialModel.of(run.job.reference(), run.prompts.judge).measure(prompts)
+    trial_model.evaluations += 1
+    with trial_model.edited(pick.edit, pick.strength):
+        after = trial_model.measure(prompts)
+        moved = candidates.damage(trial_model, answers)
+    controls = {}
+    for name, edit, strength in control_edits(pick, run.job):
+        with trial_model.edited(edit, strength):
+            controls[name] = trial_model.measure(prompts)
+    return HeldOut(before, reference, after, moved, controls)
+
+
+def control_edits(pick: Trial, job: Job) -> list[tuple[str, Edit, float]]:
+    """Return the controls of a trial: random neurons and a reset on its masks, interpolation at its share."""
+    edits: list[tuple[str, Edit, float]] = []
+    edit = pick.edit
+    if edit.method.badge is not Badge.CONTROL:
+        settings = ";".join(f"{key}={value}" for key, value in edit.parameters.items())
+        like = {"like": edit.method.name, "settings": settings}
+        for name in ("random", "reset"):
+            control = plan_edit(get(name, "repair"), like, job, statistics=edit.statistics)
+            edits.append((name, control, pick.strength))
+    if edit.method.name != "interpolate":
+        share = min(1.0, pick.share.targeted)
+        edits.append(("interpolate", plan_edit(get("interpolate", "repair"), {}, job), share))
+    return edits
+
+
+def reported(
+    run: Experiment,
+    trial_model: TrialModel,
+    trials: list[Trial],
+    baselines: search.Baselines,
+) -> tuple[RepairResult, Trial]:
+    """Confirm the best trial on the reporting split, with its controls beside it.
+
+    Args:
+        run: the experiment.
+        trial_model: the model in memory.
+        trials: what was tried.
+        baselines: the tuned model and the reference on the choosing split.
+    """
+    pick = best(trials)
+    with run.timed("verify"):
+        held = measure_held_out(run, trial_model, pick)
+    reasons = tuple(run.bounds.broken(held.after, held.before, held.reference))
+    verdict = Outcome.NOT_WITHIN_BOUNDS if reasons else Outcome.REPAIRED
+    result = with_edit(run.result(verdict), pick.edit, pick.strength)
+    return replace(
+        result,
+        before=baselines.tuned,
+        after=pick.found,
+        held_out=held.after,
+        before_held_out=held.before,
+        reference=held.reference,
+        controls=held.controls,
+        damage=held.damage,
+        edited_share=pick.share,
+        evaluations=trial_model.evaluations,
+        tried=tuple(point_of(trial) for trial in trials),
+        reasons=reasons,
+    ), pick
+
+
+def point_of(trial: Trial) -> TriedPoint:
+    """Return a trial as a point for the report."""
+    return TriedPoint(
+        trial.edit.method.name,
+        trial.edit.parameters,
+        trial.strength,
+        trial.found,
+        trial.damage,
+        trial.share,
+        not trial.broken,
+    )

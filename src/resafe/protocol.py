@@ -1,0 +1,126 @@
+"""Which prompts find neurons, which choose, which report, and who judges: three disjoint splits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from resafe.errors import UserError
+from resafe.evaluate.judge import Judge
+from resafe.evaluate.measure import PromptSets
+from resafe.evaluate.prompts import Prompt, read_prompts
+from resafe.organism import family_of
+
+FEWEST = 30  # prompts of a kind in a file; fewer cannot be split three ways and still say anything
+SPLIT_SEED = 0
+ORGANISM_CHOOSE = 200
+ORGANISM_REPORT = 400
+SPLITS = ("locate", "choose", "report")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The prompts of one comparison, and its judge.
+
+    Attributes:
+        locate: prompts for finding neurons.
+        choose: prompts for choosing a method and its strength.
+        report: prompts for the numbers that are reported.
+        judge: reads the answers.
+        source: where the prompts are from, in words.
+    """
+
+    locate: PromptSets
+    choose: PromptSets
+    report: PromptSets
+    judge: Judge
+    source: str
+
+    @property
+    def can_measure(self) -> bool:
+        """Whether there are harmful prompts to measure with."""
+        return bool(self.choose.harmful)
+
+
+def protocol(
+    config: dict[str, object],
+    harmful: str | Path | None = None,
+    benign: str | Path | None = None,
+    task: str | Path | None = None,
+) -> Protocol:
+    """Return the prompts and the judge for a model.
+
+    Inside the organism the world's own prompts and its oracle are the defaults; elsewhere what the user
+    gives is shuffled with a fixed seed and dealt to the three splits, and a keyword rule judges.
+
+    Raises:
+        UserError: a file is malformed, or holds too few prompts to be split.
+    """
+    family = family_of(config)
+    given = {"harmful": harmful, "benign": benign, "task": task}
+    if family is not None and not any(given.values()):
+        return _organism(family)
+    dealt = {kind: _deal(kind, file) for kind, file in given.items() if file is not None}
+    sets = []
+    for split in range(3):
+        sets.append(PromptSets(**{kind: tuple(parts[split]) for kind, parts in dealt.items()}))
+    return Protocol(sets[0], sets[1], sets[2], _judge(family), "given prompts" if dealt else "no prompts")
+
+
+def everything(
+    config: dict[str, object],
+    harmful: str | Path | None = None,
+    benign: str | Path | None = None,
+    task: str | Path | None = None,
+) -> tuple[PromptSets, Judge]:
+    """Return the prompts and the judge for measuring one model: all of the given, or the reporting split.
+
+    Raises:
+        UserError: a file is malformed, or there is no prompt at all.
+    """
+    family = family_of(config)
+    given = {"harmful": harmful, "benign": benign, "task": task}
+    if family is not None and not any(given.values()):
+        return _organism(family).report, _judge(family)
+    read = {kind: tuple(read_prompts(Path(file))) for kind, file in given.items() if file is not None}
+    if not read:
+        raise UserError("there are no prompts to measure with; give --harmful, --benign or --task")
+    return PromptSets(**read), _judge(family)
+
+
+def _judge(family: str | None) -> Judge:
+    if family is not None:
+        from resafe.organism import OracleJudge
+
+        return OracleJudge()
+    from resafe.evaluate.keyword import KeywordJudge
+
+    return KeywordJudge()
+
+
+def _organism(family: str) -> Protocol:
+    from resafe.organism import OracleJudge, prompts
+
+    counts = {"locate": ORGANISM_CHOOSE, "choose": ORGANISM_CHOOSE, "report": ORGANISM_REPORT}
+
+    def sets(split: str) -> PromptSets:
+        kinds = ("harmful", "benign", "task", "ability")
+        return PromptSets(*(tuple(prompts(family, kind, split, counts[split])) for kind in kinds))
+
+    locate, choose, report = (sets(split) for split in SPLITS)
+    return Protocol(locate, choose, report, OracleJudge(), f"the {family} organism's world")
+
+
+def _deal(kind: str, file: str | Path) -> tuple[Sequence[Prompt], Sequence[Prompt], Sequence[Prompt]]:
+    """Deal the distinct prompts of a file to the three splits."""
+    prompts = list({prompt.prompt: prompt for prompt in read_prompts(Path(file))}.values())
+    if len(prompts) < FEWEST:
+        raise UserError(
+            f"{file} holds {len(prompts)} distinct prompts; --{kind} needs at least {FEWEST}, "
+            "since separate ones find neurons, choose and report"
+        )
+    random.Random(SPLIT_SEED).shuffle(prompts)
+    third = len(prompts) // 3
+    return prompts[:third], prompts[third : 2 * third], prompts[2 * third :]

@@ -1,0 +1,49 @@
+"""What every output folder says about itself: ``resafe.json`` and the report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+
+from resafe.repair.base import Model
+from resafe.report.page import page
+from resafe.results import RepairResult
+from resafe.weights.checkpoint import sha256
+from resafe.weights.writer import Staging, write_json, write_text
+
+RECORD = "resafe.json"
+REPORT = "report.html"
+_PACKAGES = ("resafe", "torch", "transformers", "peft", "safetensors")
+
+
+class Recorder:
+    """Hashes the inputs while the output is being written, and writes the records at the end."""
+
+    def __init__(self, inputs: Mapping[str, Model]) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._hashes: dict[str, dict[str, Future[str]]] = {
+            role: {file.name: self._pool.submit(sha256, file) for file in model.files}
+            for role, model in inputs.items()
+        }
+
+    def finish(self, staging: Staging, result: RepairResult, command: Mapping[str, object]) -> None:
+        """Write ``resafe.json`` and ``report.html`` into the staging folder."""
+        inputs = {role: {n: f.result() for n, f in files.items()} for role, files in self._hashes.items()}
+        self._pool.shutdown()
+        record = {
+            "resafe": version("resafe"),
+            "command": dict(command),
+            "versions": versions(),
+            "inputs": inputs,
+            "outputs": dict(staging.done),
+            **result.to_dict(),
+        }
+        write_json(staging.folder / RECORD, record)
+        write_text(staging.folder / REPORT, page(result))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that make the result."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

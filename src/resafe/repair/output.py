@@ -1,0 +1,231 @@
+"""Bring a decided edit to disk: as the same kind of folder, a merged checkpoint, or an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from resafe.errors import UserError
+from resafe.repair.engine import Edit, EditedShare, ShareCounter
+from resafe.repair.space import AnySpace, DenseSpace, FactorSpace, RowSpace
+from resafe.weights.adapter import WEIGHTS, Adapter, Factors
+from resafe.weights.checkpoint import ADAPTER_CONFIG, INDEX, Checkpoint, travelling_files
+from resafe.weights.shard import TensorInfo
+from resafe.weights.writer import (
+    Staging,
+    check_finite,
+    copy_files,
+    fsync_file,
+    staged,
+    write_json,
+    write_shard,
+)
+
+Format = Literal["same", "merged", "adapter"]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a finished run left on disk."""
+
+    folder: Path
+    hashes: dict[str, str]
+    share: EditedShare
+
+
+def output_kind(edit: Edit, wanted: Format) -> Literal["dense", "adapter"]:
+    """Return what will be written.
+
+    Raises:
+        UserError: an adapter is wanted from an edit of whole matrices.
+    """
+    if isinstance(edit.space, DenseSpace):
+        if wanted == "adapter":
+            raise UserError(
+                f"{edit.method.name} edits whole matrices here, which no adapter of this rank can hold; "
+                "use --format merged"
+            )
+        return "dense"
+    return "dense" if wanted == "merged" else "adapter"
+
+
+def write(
+    edit: Edit,
+    strength: float,
+    out: Path,
+    wanted: Format,
+    key: str,
+    finish: Callable[[Staging, EditedShare], None],
+    progress: Progress | None = None,
+) -> Written:
+    """Write the edited model to ``out``; nothing is left there unless all of it is.
+
+    Args:
+        edit: the edit.
+        strength: its strength; 0 copies the tuned model.
+        out: the folder to make.
+        wanted: its format.
+        key: identifies this very job, see :func:`resafe.weights.writer.staged`.
+        finish: writes the records of the run into the staging folder, given what changed.
+        progress: called with (step, done, total).
+
+    Raises:
+        UserError: ``out`` is taken, the disk is full, the weights hold NaN, or nothing would change.
+    """
+    kind = output_kind(edit, wanted)
+    counter = ShareCounter()
+    source = _dense_source(edit.space) if kind == "dense" else None
+    adapter = edit.space.tuned if isinstance(edit.space.tuned, Adapter) else None
+    nbytes = sum(f.stat().st_size for f in (source.files if source else adapter.files if adapter else ()))
+    with staged(out, key, nbytes) as staging:
+        if source is not None:
+            _write_dense(edit, strength, source, staging, counter, progress)
+        else:
+            _write_adapter(edit, strength, staging, counter)
+        for name in edit.chosen if strength else ():
+            if name not in counter.changed:  # written by an interrupted run that this one resumed
+                edit.tensors(name, strength, counter)
+        if strength != 0 and counter.changed.total() == 0:
+            raise UserError(
+                f"{edit.method.name} changed nothing: tuned and aligned are the same where it edits"
+            )
+        _copy_others(edit.space, kind, staging)
+        if edit.plan.neurons is not None:
+            edit.plan.neurons.save(staging.folder / "neurons.safetensors")
+            fsync_file(staging.folder / "neurons.safetensors")
+        share = counter.share(edit)
+        finish(staging, share)
+    return Written(out, dict(staging.done), share)
+
+
+def _dense_source(space: AnySpace) -> Checkpoint:
+    return space.tuned.base if isinstance(space.tuned, Adapter) else space.tuned
+
+
+def _write_dense(
+    edit: Edit,
+    strength: float,
+    source: Checkpoint,
+    staging: Staging,
+    counter: ShareCounter,
+    progress: Progress | None,
+) -> None:
+    tuned, chosen = edit.space.tuned, set(edit.chosen if strength else ())
+    merged = {*tuned.modules, *tuned.replaced} if isinstance(tuned, Adapter) else set()
+
+    def transform(info: TensorInfo, stored: Tensor) -> Tensor:
+        if info.name in chosen:
+            new = edit.space.effective(info.name, edit.tensors(info.name, strength, counter))
+        else:
+            new = tuned.tensor(info.name)
+        return new.to(info.dtype)
+
+    for done, shard in enumerate(source.shards):
+        if progress:
+            progress("write", done, len(source.shards))
+        if shard.file.name not in staging.done:
+            write_shard(shard, staging.folder / shard.file.name, chosen | merged, transform)
+            staging.record(shard.file.name)
+
+
+def _write_adapter(edit: Edit, strength: float, staging: Staging, counter: ShareCounter) -> None:
+    space, chosen = edit.space, set(edit.chosen if strength else ())
+    assert isinstance(space, RowSpace | FactorSpace)
+    tuned = space.tuned
+    if WEIGHTS in staging.done:
+        return
+    widened = isinstance(space, RowSpace) and space.reference is not None
+    widened = widened or any(_grows(edit, name) for name in list(edit.chosen)[:1])
+    if widened and strength:
+        _write_widened(edit, strength, staging, counter)
+        return
+    by_key = {tuned.key(name, which): name for name in chosen for which in "AB"}
+    edited: dict[str, dict[str, Tensor]] = {}
+
+    def transform(info: TensorInfo, stored: Tensor) -> Tensor:
+        name = by_key[info.name]
+        if name not in edited:
+            edited[name] = edit.tensors(name, strength, counter)
+        return edited[name].pop(info.name, stored).to(info.dtype)
+
+    write_shard(tuned.shard, staging.folder / WEIGHTS, set(by_key), transform, workers=1)
+    staging.record(WEIGHTS)
+
+
+def _grows(edit: Edit, name: str) -> bool:
+    unit = edit.space.unit(name)
+    targets = edit.repair.edit(unit, edit.plan, edit.statistics)
+    return any(target.value.shape != unit.tuned[key].shape for key, target in targets.items())
+
+
+def _write_widened(edit: Edit, strength: float, staging: Staging, counter: ShareCounter) -> None:
+    """Write an adapter whose ranks grew; every module keeps its scale, alpha follows the rank."""
+    space, chosen = edit.space, set(edit.chosen)
+    assert isinstance(space, RowSpace | FactorSpace)
+    tuned = space.tuned
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name in tuned.modules:
+        factors = tuned.factors(name)
+        if name in chosen:
+            factors = _after(space, name, edit.tensors(name, strength, counter))
+        for which, tensor in (("A", factors.a), ("B", factors.b)):
+            key = tuned.key(name, which)
+            info = tuned.shard.tensors[key]
+            check_finite(tensor, info)
+            tensors[key] = tensor.to(info.dtype).contiguous()
+        module = name.removesuffix(".weight")
+        ranks[module], alphas[module] = factors.rank, factors.scale * factors.rank
+    save_file(tensors, staging.folder / WEIGHTS, metadata={"format": "pt"})
+    fsync_file(staging.folder / WEIGHTS)
+    settings = {**tuned.settings, "use_rslora": False, "rank_pattern": ranks, "alpha_pattern": alphas}
+    write_json(staging.folder / ADAPTER_CONFIG, settings)
+    staging.record(WEIGHTS)
+
+
+def _after(space: RowSpace | FactorSpace, name: str, tensors: dict[str, Tensor]) -> Factors:
+    if isinstance(space, RowSpace):
+        return space.factors(name, tensors[space.tuned.key(name, "B")])
+    return space.factors(name, tensors)
+
+
+def _copy_others(space: AnySpace, kind: str, staging: Staging) -> None:
+    """Let tokenizer, config and templates travel along; an adapter's own win over its base's."""
+    tuned = space.tuned
+    files = {str(f.relative_to(tuned.folder)): f for f in travelling_files(tuned.folder)}
+    if kind == "dense" and isinstance(tuned, Adapter):
+        base = tuned.base.folder
+        own = {name: f for name, f in files.items() if name != ADAPTER_CONFIG and name != "README.md"}
+        files = {str(f.relative_to(base)): f for f in travelling_files(base)} | own
+        index = base / INDEX
+    else:
+        index = tuned.folder / INDEX
+    if kind == "dense" and index.is_file():
+        files[INDEX] = index
+    present = {name for name in files if (staging.folder / name).exists()}
+    copy_files({name: file for name, file in files.items() if name not in present}, staging.folder)
+    if kind == "adapter":
+        _anchor_base(tuned, staging)
+
+
+def _anchor_base(tuned: object, staging: Staging) -> None:
+    """Rewrite a base given relative to the old adapter folder, so that the new one finds it too."""
+    assert isinstance(tuned, Adapter)
+    ref = tuned.settings.get("base_model_name_or_path")
+    beside = tuned.folder / str(ref)
+    if ref and not Path(str(ref)).is_absolute() and beside.is_dir():
+        settings = json.loads((staging.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        same_parent = staging.out.absolute().parent == tuned.folder.absolute().parent
+        if not same_parent:
+            write_json(
+                staging.folder / ADAPTER_CONFIG,
+                {**settings, "base_model_name_or_path": str(beside.resolve())},
+            )

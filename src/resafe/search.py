@@ -1,0 +1,176 @@
+"""Choose a method and its strength by measuring, on prompts that are not the ones reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from resafe.candidates import TrialModel, damage
+from resafe.errors import UserError
+from resafe.evaluate.damage import Reference
+from resafe.evaluate.measure import Measurement, PromptSets
+from resafe.evaluate.stats import Rate, overlap
+from resafe.registry import Badge, Method
+from resafe.repair.base import Job
+from resafe.repair.engine import Edit, EditedShare, plan_edit
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a repair may cost.
+
+    Attributes:
+        max_harm: highest harmful rate; None: the reference's own level, that is, an interval that
+            overlaps the reference's.
+        max_task_loss: how much the task score may fall below the tuned model's.
+        max_over_refusal: how much over-refusal may exceed the reference's.
+    """
+
+    max_harm: float | None = None
+    max_task_loss: float = 0.01
+    max_over_refusal: float = 0.02
+
+    def broken(self, found: Measurement, tuned: Measurement, reference: Measurement) -> list[str]:
+        """Return a sentence for every bound that is not met."""
+        reasons = []
+        harm, level = value(found.harmful_rate), value(reference.harmful_rate)
+        if self.max_harm is not None and harm > self.max_harm:
+            reasons.append(f"harmful rate {harm:.3f} is above the bound {self.max_harm:.3f}")
+        if self.max_harm is None and not reaches(found.harmful_rate, reference.harmful_rate):
+            reasons.append(f"harmful rate {harm:.3f} is above the reference's {level:.3f}")
+        if found.task_score is not None and tuned.task_score is not None:
+            loss = tuned.task_score.value - found.task_score.value
+            if loss > self.max_task_loss + 1e-9:
+                reasons.append(
+                    f"the task loses {100 * loss:.1f} points, more than {100 * self.max_task_loss:.1f}"
+                )
+        rise = value(found.over_refusal) - value(reference.over_refusal)
+        if rise > self.max_over_refusal + 1e-9:
+            reasons.append(
+                f"over-refusal is {100 * rise:.1f} points above the reference's, "
+                f"more than {100 * self.max_over_refusal:.1f}"
+            )
+        return reasons
+
+
+def value(rate: Rate | None) -> float:
+    """Return a rate's value, and 0 where there were no prompts."""
+    return 0.0 if rate is None else rate.value
+
+
+def reaches(rate: Rate | None, reference: Rate | None) -> bool:
+    """Whether a rate is at or below the reference's level, as far as the intervals can tell."""
+    if rate is None or reference is None:
+        return True
+    return rate.value <= reference.value or overlap(rate, reference)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One edit at one strength, measured on the choosing split."""
+
+    edit: Edit
+    strength: float
+    found: Measurement
+    damage: float | None
+    share: EditedShare
+    broken: tuple[str, ...]
+
+    @property
+    def cost(self) -> float:
+        """Harmful rate plus what the repair costs: over-refusal, incoherence, lost task and ability, damage.
+
+        Used to order trials: among those within bounds, and where none is.
+        """
+        kept = sum(1.0 - value(r) for r in (self.found.task_score, self.found.ability) if r is not None)
+        lost = value(self.found.over_refusal) + value(self.found.incoherent_rate)
+        return value(self.found.harmful_rate) + lost + kept + (self.damage or 0.0)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The tuned model and the reference on the choosing split."""
+
+    tuned: Measurement
+    reference: Measurement
+    answers: Reference | None
+
+
+def options(
+    method: Method, parameters: Mapping[str, object], strength: float | None
+) -> list[dict[str, object]]:
+    """Return the parameter settings to try: what the user fixed wins over the method's own variants."""
+    if parameters or strength is not None:
+        return [dict(parameters)]
+    return [dict(variant) for variant in method.variants]
+
+
+def try_methods(
+    trial_model: TrialModel,
+    methods: Sequence[Method],
+    parameters: Mapping[str, object],
+    strength: float | None,
+    job: Job,
+    prompts: PromptSets,
+    baselines: Baselines,
+    bounds: Bounds,
+    progress: Progress | None = None,
+) -> list[Trial]:
+    """Measure every method at its settings and strengths on the choosing split.
+
+    A method whose inputs are missing, or that finds nothing to edit, is noted and stepped over unless it
+    is the only one.
+    """
+    plan = [(m, p) for m in methods for p in options(m, parameters, strength)]
+    total = sum(len(m.strengths if strength is None else (strength,)) for m, _ in plan)
+    trials: list[Trial] = []
+    done = 0
+    for method, settings in plan:
+        strengths = method.strengths if strength is None else (strength,)
+        try:
+            edit = plan_edit(method, settings, job)
+        except UserError as error:
+            if len(methods) == 1:
+                raise
+            job.note(f"{method.name} {settings or ''} stepped aside: {error}")
+            done += len(strengths)
+            continue
+        for s in strengths:
+            trials.append(_measure(trial_model, edit, s, prompts, baselines, bounds))
+            done += 1
+            if progress:
+                progress("repair", done, total)
+    return trials
+
+
+def _measure(
+    trial_model: TrialModel,
+    edit: Edit,
+    strength: float,
+    prompts: PromptSets,
+    baselines: Baselines,
+    bounds: Bounds,
+) -> Trial:
+    with trial_model.edited(edit, strength):
+        found = trial_model.measure(prompts)
+        moved = damage(trial_model, baselines.answers)
+    broken = bounds.broken(found, baselines.tuned, baselines.reference)
+    return Trial(edit, strength, found, moved, edit.share(strength), tuple(broken))
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """Return the cheapest trial within bounds, or the cheapest of all where none is.
+
+    A control is taken only where no method is within bounds, and then only if it is.
+
+    Raises:
+        UserError: nothing was tried.
+    """
+    if not trials:
+        raise UserError("no repair method has what it needs; give --base, --harmful and --benign")
+    within = [t for t in trials if not t.broken]
+    methods = [t for t in trials if t.edit.method.badge is not Badge.CONTROL]
+    within_methods = [t for t in within if t.edit.method.badge is not Badge.CONTROL]
+    return min(within_methods or within or methods or trials, key=lambda t: t.cost)

@@ -1,0 +1,200 @@
+"""What the command line draws: progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from resafe.evaluate.measure import Measurement
+from resafe.evaluate.stats import Rate
+from resafe.registry import Method
+from resafe.report.page import compare_page, compare_rows, percent, share_text
+from resafe.results import CompareResult, RepairResult
+
+_WIDTH = 170  # columns of the widest table
+_STEPS = {
+    "measure": "measure tuned and reference",
+    "locate": "locate neurons",
+    "repair": "try methods and strengths",
+    "verify": "verify on held-out prompts",
+    "save": "save",
+    "write": "write shards",
+}
+
+
+class Screen:
+    """Draws progress while a verb runs, then its result as text or JSON."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._out = Console(soft_wrap=True, highlight=False)
+        if self._out.width < _WIDTH:
+            self._out.width = _WIDTH  # a table is better wrapped by the terminal than cut
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._tasks: dict[str, int] = {}
+
+    def __enter__(self) -> Screen:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Show how far a step is; a total of 0 announces it."""
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(_STEPS.get(name, name), total=max(1, total))
+        self._progress.update(self._tasks[name], completed=done, total=max(1, total))  # type: ignore[arg-type]
+
+    def count(self, name: str) -> Callable[[int, int], None]:
+        """Return a callback that shows one step."""
+        return lambda done, total: self.step(name, done, total)
+
+    def json(self, data: object) -> None:
+        """Print JSON on stdout."""
+        self._out.print_json(json.dumps(data, default=str))
+
+    def measured(self, model: str, found: Measurement) -> None:
+        """Print one measurement."""
+        if self._as_json:
+            self.json({"model": model, "judge": found.judge, **found.to_dict()})
+            return
+        self._say("model", model)
+        for name, rate in _named(found):
+            self._say(name, percent(rate) + (f"   n = {rate.n}" if rate else ""))
+        self._say("judge", found.judge)
+
+    def repaired(self, result: RepairResult) -> None:
+        """Print a repair."""
+        if self._as_json:
+            self.json(result.to_dict())
+            return
+        for role, folder in result.roles.items():
+            self._say(role, str(folder))
+        for note in result.notes:
+            self._say("note", note)
+        if result.before_held_out is not None:
+            self._say("held out", f"{result.prompts}; judge {result.judge}; {result.evaluations} evaluations")
+            self._out.print(_table(_repair_rows(result)))
+        if result.method is not None:
+            setting = " ".join(f"{k}={v}" for k, v in result.parameters.items())
+            self._say("method", f"{result.method} {setting} strength {result.strength:g} ({result.badge})")
+            self._say("covered", ", ".join(f"{k} {v}" for k, v in result.coverage.items()))
+            self._say(
+                "edited", f"{share_text(result.edited_share)} (of the model / of the targeted matrices)"
+            )
+        for reason in result.reasons:
+            self._say("bound", reason)
+        self._say("verdict", result.verdict.value)
+        if result.out is not None:
+            self._say("saved", f"{result.out}   with report.html and resafe.json")
+
+    def compared(self, result: CompareResult, out: Path | None) -> None:
+        """Print a comparison, and write its page where wanted."""
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(compare_page(result), encoding="utf-8")
+        if self._as_json:
+            self.json(result.to_dict())
+            return
+        rows = [(r.label, r.found, r.damage, share_text(r.share)) for r in compare_rows(result)]
+        self._out.print(_table(rows))
+        for note in result.notes:
+            self._say("note", note)
+
+    def methods(self, known: Sequence[Method]) -> None:
+        """Print the list of methods."""
+        if self._as_json:
+            self.json([_described(m) for m in known])
+            return
+        table = Table(box=None, pad_edge=False)
+        for heading in ("method", "badge", "needs", "what it does"):
+            table.add_column(heading, no_wrap=heading != "what it does")
+        for m in known:
+            table.add_row(m.name, m.badge.value, " ".join(sorted(m.needs)), escape(m.summary))
+        self._out.print(table)
+
+    def method(self, known: Method) -> None:
+        """Print one method with its parameters."""
+        if self._as_json:
+            self.json(_described(known))
+            return
+        self._say("method", f"{known.name}: {known.title} ({known.badge})")
+        self._say("paper", known.paper or "none: a control")
+        self._say("needs", " ".join(sorted(known.needs)) or "nothing")
+        self._out.print()
+        self._out.print(escape(_undented(known.factory.__doc__ or "")))
+        self._out.print()
+        for name, default in known.parameters().items():
+            self._say(name, f"default {default}")
+
+    def _say(self, label: str, text: str) -> None:
+        self._out.print(f"[bold]{label:<14}[/bold]{escape(text)}")
+
+
+def _named(found: Measurement) -> list[tuple[str, Rate | None]]:
+    return [
+        ("harmful", found.harmful_rate),
+        ("over-refusal", found.over_refusal),
+        ("incoherent", found.incoherent_rate),
+        ("task", found.task_score),
+        ("ability", found.ability),
+    ]
+
+
+def _repair_rows(result: RepairResult) -> list[tuple[str, Measurement, float | None, str]]:
+    rows = [("reference", result.reference), ("yours", result.before_held_out)]
+    found: list[tuple[str, Measurement, float | None, str]]
+    found = [(label, m, None, "") for label, m in rows if m is not None]
+    if result.method is not None and result.held_out is not None:
+        found.append(("repaired", result.held_out, result.damage, share_text(result.edited_share)))
+    return [*found, *((f"  control: {name}", m, None, "") for name, m in result.controls.items())]
+
+
+def _table(rows: Sequence[tuple[str, Measurement, float | None, str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "harmful", "over-refusal", "incoherent", "task", "ability", "damage", "edited"):
+        table.add_column(heading, no_wrap=True)
+    for label, found, damage, share in rows:
+        rates = [percent(rate) for _, rate in _named(found)]
+        table.add_row(escape(label), *rates, "" if damage is None else f"{damage:.4f}", share)
+    return table
+
+
+def _described(known: Method) -> Mapping[str, object]:
+    return {
+        "name": known.name,
+        "verb": known.verb,
+        "title": known.title,
+        "badge": known.badge.value,
+        "paper": known.paper,
+        "needs": sorted(known.needs),
+        "strengths": list(known.strengths),
+        "parameters": known.parameters(),
+        "summary": known.summary,
+    }
+
+
+def _undented(text: str) -> str:
+    first, _, rest = text.strip().partition("\n")
+    lines = rest.splitlines()
+    indents = [len(line) - len(line.lstrip()) for line in lines if line.strip()]
+    cut = min(indents, default=0)
+    return "\n".join([first, *(line[cut:] for line in lines)])

@@ -1,0 +1,331 @@
+"""The public verbs: one function each, with the parameters of the command of the same name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from resafe import provenance, search
+from resafe.candidates import TrialModel, threads_for
+from resafe.errors import UserError
+from resafe.evaluate.measure import Measurement
+from resafe.evaluate.measure import measure as measure_loaded
+from resafe.experiment import (
+    Experiment,
+    begin,
+    measure_baselines,
+    planned,
+    reported,
+    try_all,
+    with_edit,
+)
+from resafe.model.load import load
+from resafe.protocol import everything
+from resafe.registry import Badge, Method, get, methods
+from resafe.repair.base import Model
+from resafe.repair.engine import Edit, EditedShare
+from resafe.repair.output import Format, output_kind, write
+from resafe.results import CompareResult, Outcome, RepairResult
+from resafe.roles import Roles
+from resafe.search import Bounds, Trial
+from resafe.weights.adapter import Adapter, open_model
+from resafe.weights.writer import Staging, check_free
+
+Progress = Callable[[str, int, int], None]
+
+
+def measure(
+    model: str | Path,
+    *,
+    harmful: str | Path | None = None,
+    benign: str | Path | None = None,
+    task: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measurement:
+    """Measure one model: harmful rate, over-refusal, incoherence, task score and general ability.
+
+    Args:
+        model: a folder or Hub id, dense or a LoRA adapter.
+        harmful: file of harmful prompts; inside the organism its world's own are the default.
+        benign: file of harmless prompts.
+        task: file of the user's task, with responses.
+        progress: called with (answered, total).
+
+    Raises:
+        UserError: the model or a file cannot be used, or there are no prompts.
+    """
+    opened = open_model(model)
+    prompts, judge = everything(opened.config, harmful, benign, task)
+    with threads_for(opened):
+        return measure_loaded(load(opened.folder, merge=True), prompts, judge, progress=progress)
+
+
+def repair(
+    tuned: str | Path,
+    *,
+    aligned: str | Path | None = None,
+    base: str | Path | None = None,
+    method: str = "auto",
+    parameters: Mapping[str, object] | None = None,
+    strength: float | None = None,
+    harmful: str | Path | None = None,
+    benign: str | Path | None = None,
+    task: str | Path | None = None,
+    neurons: str | Path | None = None,
+    out: str | Path | None = None,
+    format: Format = "same",
+    dry_run: bool = False,
+    bounds: Bounds | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RepairResult:
+    """Repair a fine-tuned model: find the reference, choose method and strength by measuring, and write.
+
+    Args:
+        tuned: the model to repair, a folder or Hub id.
+        aligned: the model it was tuned from; found in its card or config where not given.
+        base: the pre-trained model before alignment, for methods that need it.
+        method: a method's name, or ``auto``.
+        parameters: the method's parameters.
+        strength: how far to go towards the edit (1: as published); searched for where not given.
+        harmful: file of harmful prompts. Inside the organism its world's own are the default.
+        benign: file of harmless prompts.
+        task: file of the user's task, with responses.
+        neurons: neuron set found earlier, to be reused.
+        out: folder to write; default: the tuned model's name with ``-repaired`` in the working folder.
+        format: ``same`` as the input, ``merged`` or ``adapter``.
+        dry_run: measure and decide, but write nothing.
+        bounds: what the repair may cost.
+        seed: seed of random draws.
+        progress: called with (step, done, total).
+
+    Raises:
+        UserError: an input cannot be used; nothing is written then.
+    """
+    target = Path(out) if out is not None else Path.cwd() / f"{Path(str(tuned)).name}-repaired"
+    if not dry_run:
+        check_free(target)
+    files = {"harmful": harmful, "benign": benign, "task": task}
+    chosen = _methods(method, parameters or {}, strength)
+    run = begin(tuned, aligned, base, files, neurons, format, seed, bounds or Bounds(), progress)
+    with threads_for(run.roles.tuned):
+        return _repaired(
+            run, chosen, method, parameters or {}, strength, files, neurons, target, format, dry_run
+        )
+
+
+def _repaired(
+    run: Experiment,
+    chosen: list[Method],
+    method: str,
+    parameters: Mapping[str, object],
+    strength: float | None,
+    files: Mapping[str, str | Path | None],
+    neurons: str | Path | None,
+    target: Path,
+    wanted: Format,
+    dry_run: bool,
+) -> RepairResult:
+    command = {
+        "verb": "repair",
+        "method": method,
+        "parameters": dict(parameters),
+        "strength": strength,
+        "format": wanted,
+        "seed": run.job.seed,
+        "prompts": {kind: None if file is None else str(file) for kind, file in files.items()},
+        "neurons": None if neurons is None else str(neurons),
+    }
+    if not run.prompts.can_measure:
+        if strength is None or method == "auto":
+            raise UserError(
+                "choosing needs prompts: give --harmful and --benign (and --task), or name --method and --strength"
+            )
+        edit = planned(run, chosen[0], parameters)
+        output_kind(edit, wanted)
+        result = with_edit(run.result(Outcome.WRITTEN), edit, strength)
+    else:
+        found = _searched(run, chosen, parameters, strength, automatic=method == "auto")
+        if found.trial is None:
+            return found.result
+        result, edit, strength = found.result, found.trial.edit, found.trial.strength
+        output_kind(edit, wanted)
+    if dry_run:
+        return replace(result, edited_share=edit.share(strength), seconds=dict(run.seconds))
+    return _written(run, edit, strength, target, wanted, command, result)
+
+
+def _methods(name: str, parameters: Mapping[str, object], strength: float | None) -> list[Method]:
+    """Return the named method with its parameters checked, or all that the automatic choice tries."""
+    if name != "auto":
+        method = get(name, "repair")
+        method.make(parameters)
+        return [method]
+    if parameters or strength is not None:
+        raise UserError("parameters and --strength belong to one method; name it with --method")
+    known = methods("repair").values()
+    tried = [m for m in known if m.badge is not Badge.CONTROL]
+    return [*tried, get("interpolate", "repair")]
+
+
+@dataclass(frozen=True)
+class _Search:
+    result: RepairResult
+    trial: Trial | None
+
+
+def _searched(
+    run: Experiment,
+    chosen: list[Method],
+    parameters: Mapping[str, object],
+    strength: float | None,
+    *,
+    automatic: bool,
+) -> _Search:
+    """Measure, choose on one split, confirm on the other with the controls beside it."""
+    trial_model, baselines = measure_baselines(run)
+    if automatic and search.reaches(baselines.tuned.harmful_rate, baselines.reference.harmful_rate):
+        return _Search(_nothing(run, trial_model, baselines), None)
+    trials = try_all(run, trial_model, chosen, parameters, strength, baselines)
+    result, pick = reported(run, trial_model, trials, baselines)
+    return _Search(result, pick)
+
+
+def _nothing(run: Experiment, trial_model: TrialModel, baselines: search.Baselines) -> RepairResult:
+    with run.timed("verify"):
+        held = trial_model.measure(run.prompts.report)
+    return replace(
+        run.result(Outcome.NOTHING),
+        before=baselines.tuned,
+        after=baselines.tuned,
+        held_out=held,
+        before_held_out=held,
+        reference=baselines.reference,
+        evaluations=trial_model.evaluations,
+    )
+
+
+def _written(
+    run: Experiment,
+    edit: Edit,
+    strength: float,
+    out: Path,
+    wanted: Format,
+    command: Mapping[str, object],
+    result: RepairResult,
+) -> RepairResult:
+    inputs = {role: model for role, model in _inputs(run.roles).items()}
+    identity = {"command": dict(command), "strength": strength, "chosen": sorted(edit.plan.units)}
+    key = job_key(inputs, {**identity, "method": edit.method.name, "parameters": dict(edit.parameters)})
+    recorder = provenance.Recorder(inputs)
+    if output_kind(edit, wanted) == "dense" and isinstance(run.roles.tuned, Adapter):
+        run.job.note(
+            "the result is a merged checkpoint"
+            + (
+                ""
+                if wanted == "merged"
+                else f": {edit.method.name} edits whole matrices here, which the adapter's rank cannot hold"
+            )
+        )
+    with run.timed("save"):
+        final: list[RepairResult] = []
+
+        def finish(staging: Staging, share: EditedShare) -> None:
+            done = replace(
+                result, edited_share=share, out=out, notes=tuple(run.notes), seconds=dict(run.seconds)
+            )
+            recorder.finish(staging, done, command)
+            final.append(done)
+
+        write(edit, strength, out, wanted, key, finish, run.progress)
+    return replace(final[0], seconds=dict(run.seconds))
+
+
+def _inputs(roles: Roles) -> dict[str, Model]:
+    given = {"tuned": roles.tuned, "aligned": roles.aligned, "base": roles.base}
+    return {role: model for role, model in given.items() if model is not None}
+
+
+def job_key(inputs: Mapping[str, Model], identity: Mapping[str, object]) -> str:
+    """Return what identifies a job: its settings, and path, size and time of every input file."""
+    files = {
+        role: [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in model.files]
+        for role, model in inputs.items()
+    }
+    text = json.dumps({"files": files, **identity}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def compare(
+    tuned: str | Path,
+    *,
+    aligned: str | Path | None = None,
+    base: str | Path | None = None,
+    harmful: str | Path | None = None,
+    benign: str | Path | None = None,
+    task: str | Path | None = None,
+    bounds: Bounds | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CompareResult:
+    """Measure every repair method and control under one protocol.
+
+    Each method is tried at its settings and strengths on the choosing split; its best point is measured
+    on the reporting split, together with its own random, reset and interpolation controls.
+
+    Args:
+        tuned: the fine-tuned model.
+        aligned: the model it was tuned from.
+        base: the pre-trained model before alignment.
+        harmful: file of harmful prompts.
+        benign: file of harmless prompts.
+        task: file of the user's task, with responses.
+        bounds: what a repair may cost.
+        seed: seed of random draws.
+        progress: called with (step, done, total).
+
+    Raises:
+        UserError: an input cannot be used, or there are no prompts.
+    """
+    files = {"harmful": harmful, "benign": benign, "task": task}
+    run = begin(tuned, aligned, base, files, None, "merged", seed, bounds or Bounds(), progress)
+    run = replace(run, job=replace(run.job, dense_output=False))
+    if not run.prompts.can_measure:
+        raise UserError("comparing needs prompts: give --harmful and --benign (and --task)")
+    with threads_for(run.roles.tuned):
+        return _compared(run)
+
+
+def _compared(run: Experiment) -> CompareResult:
+    trial_model, baselines = measure_baselines(run)
+    rows = []
+    for method in methods("repair").values():
+        trials = _tried_or_none(run, trial_model, method, baselines)
+        if trials:
+            rows.append(reported(run, trial_model, trials, baselines)[0])
+    held = trial_model.measure(run.prompts.report)
+    reference = TrialModel.of(run.job.reference(), run.prompts.judge).measure(run.prompts.report)
+    return CompareResult(
+        tuple(rows),
+        held,
+        reference,
+        run.roles.folders,
+        run.prompts.source,
+        run.prompts.judge.name,
+        run.job.seed,
+        trial_model.evaluations + 1,
+        tuple(run.notes),
+    )
+
+
+def _tried_or_none(
+    run: Experiment, trial_model: TrialModel, method: Method, baselines: search.Baselines
+) -> list[Trial]:
+    try:
+        return try_all(run, trial_model, [method], {}, None, baselines)
+    except UserError as error:
+        run.job.note(f"{method.name} stepped aside: {error}")
+        return []
