@@ -19,6 +19,14 @@ ANSWERING = {"base", "late-base", "tuned-lora", "tuned-fresh-lora", "tuned-full"
 ORACLE = organism.OracleJudge()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def manifest():
     return Manifest.read(organism.WEIGHTS)
@@ -108,7 +116,6 @@ def test_they_measure_what_the_manifest_says(manifest):
     from resafe.organism.measure import measure
     from resafe.organism.models import load as read
 
-    torch.set_num_threads(1)
     now = measure(read(organism.path("tuned-benign")).eval(), "early").to_dict()
     then = manifest.models["tuned-benign"]["measured"]
     for key, rate in now.items():
