@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,7 +23,7 @@ from resafe.repair.space import AnySpace, OwnSpace, choose_space
     badge=Badge.CONTROL,
     paper=None,
     needs=frozenset({Need.ALIGNED}),
-    strengths=(0.2, 0.35, 0.5, 0.7),
+    strengths=(0.3, 0.5, 0.7),
 )
 @dataclass(frozen=True)
 class Interpolate(Repair):
@@ -116,8 +116,7 @@ class Reset(_Imitation):
         model = self._imitated()
         if model is not None:
             return model.decide(measured, statistics)
-        band = None if self.layers is None else parse_band(self.layers)
-        return Plan(frozenset(n for n in measured if band is None or layer_of(n) in band))
+        return Plan(in_band(measured, self.layers))
 
     def edit(self, unit: Unit, plan: Plan, statistics: object) -> dict[str, Target]:
         """Aim at the aligned tensors, where the imitated method edits."""
@@ -165,8 +164,7 @@ class RandomNeurons(_Imitation):
             return replace(model.decide(measured, statistics), neurons=None)
         if not 0.0 < self.share <= 1.0:
             raise UserError(f"random: share must be above 0 and at most 1, not {self.share:g}")
-        band = None if self.layers is None else parse_band(self.layers)
-        return Plan(frozenset(n for n in measured if band is None or layer_of(n) in band))
+        return Plan(in_band(measured, self.layers))
 
     def edit(self, unit: Unit, plan: Plan, statistics: object) -> dict[str, Target]:
         """Aim where the imitated method aims, at other neurons."""
@@ -191,17 +189,39 @@ class RandomNeurons(_Imitation):
         return target if mask is None else Target(target.value, shuffled(mask, self.seed, key))
 
 
-def parse_band(text: str) -> range:
-    """Read a band of layers such as ``4-7`` (both ends belong to it) or ``5``.
+def parse_band(text: str, layers: int) -> range:
+    """Read a band of layers such as ``4-7`` (both ends belong to it), ``5``, or ``50%-100%`` of the depth.
 
     Raises:
         UserError: the text is no band.
     """
     first, _, last = text.partition("-")
     try:
-        band = range(int(first), int(last or first) + 1)
+        if first.endswith("%"):
+            low, high = (float(end.removesuffix("%")) / 100 for end in (first, last))
+            band = range(round(low * layers), max(round(high * layers), round(low * layers) + 1))
+        else:
+            band = range(int(first), int(last or first) + 1)
     except ValueError as error:
-        raise UserError(f"{text!r} is no band of layers; write it like 4-7") from error
+        raise UserError(f"{text!r} is no band of layers; write it like 4-7 or 50%-100%") from error
     if not band:
         raise UserError(f"the band {text!r} is empty; write the lower layer first")
     return band
+
+
+def in_band(names: Iterable[str], text: str | None) -> frozenset[str]:
+    """Return the matrices whose layer lies in a band, all of them without one.
+
+    Raises:
+        UserError: the text is no band, or no matrix lies in it.
+    """
+    known = list(names)
+    if text is None:
+        return frozenset(known)
+    band = parse_band(text, 1 + max(layer_of(name) for name in known))
+    inside = frozenset(name for name in known if layer_of(name) in band)
+    if not inside:
+        raise UserError(
+            f"no matrix lies in the layers {text}; the model's are 0 to {max(map(layer_of, known))}"
+        )
+    return inside

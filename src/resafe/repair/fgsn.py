@@ -31,12 +31,11 @@ from resafe.registry import Badge, Need, method
 from resafe.repair.base import Job, Kind, Plan, Repair, Target, Unit
 from resafe.repair.calibrate import input_norms, last_token_states, prompts_only, with_responses
 from resafe.repair.controls import parse_band
-from resafe.repair.space import block_matrices
+from resafe.repair.space import block_matrices, depth
 from resafe.weights.adapter import Adapter
 from resafe.weights.checkpoint import fingerprint
 from resafe.weights.lowrank import left_singular
 
-_ONSET = 0.1  # of the largest gap
 _FLAT = 0.1  # of the largest growth
 
 
@@ -71,7 +70,14 @@ class Activity:
     paper="https://arxiv.org/abs/2508.09190",
     needs=frozenset({Need.ALIGNED, Need.BASE, Need.HARMFUL, Need.BENIGN}),
     strengths=(1.0,),
-    variants=({}, {"q": 1.0, "p": 0.05}, {"q": 1.0, "p": 0.05, "band_end": "last"}),
+    variants=(
+        {},
+        {"q": 1.0, "p": 0.05},
+        {"q": 1.0, "p": 0.05, "onset": 0.5, "band_end": "last"},
+        {"q": 1.0, "p": 0.05, "band": "75%-100%"},
+        {"q": 1.0, "p": 0.05, "band": "50%-100%"},
+        {"q": 1.0, "p": 0.05, "band": "0%-50%"},
+    ),
 )
 @dataclass(frozen=True)
 class FGSN(Repair):
@@ -81,7 +87,9 @@ class FGSN(Repair):
         q: share of rows per matrix that count as important on harmful prompts (0.3).
         p: share of rows that count as important on benign prompts and are taken away (0.2).
         q_other: q outside the safety layers (0: they are left alone).
-        band: the safety layers, as ``10-15`` counted from 0, or ``auto``.
+        band: the safety layers, as ``10-15`` counted from 0, as shares of the depth like ``50%-100%``, or
+            ``auto``: read off the aligned model's gap.
+        onset: an automatic band starts at the first layer whose gap exceeds this share of the largest (0.1).
         band_end: where an automatic band ends: growth of the gap at its ``peak``, where it turns ``flat``,
             or the ``last`` layer.
         target: what is projected: the fine-tuning ``delta`` T, or the ``full`` weight (an unlikely reading,
@@ -102,6 +110,7 @@ class FGSN(Repair):
     p: float = 0.2
     q_other: float = 0.0
     band: str = "auto"
+    onset: float = 0.1
     band_end: Literal["peak", "flat", "last"] = "flat"
     target: Literal["delta", "full"] = "delta"
     dim: Literal["numel", "out", "in", "fro", "spectral", "ortho"] = "numel"
@@ -116,11 +125,11 @@ class FGSN(Repair):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("q", "p", "q_other"):
+        for name in ("q", "p", "q_other", "onset"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UserError(f"fgsn: {name} must lie between 0 and 1, not {getattr(self, name):g}")
         if self.band != "auto":
-            parse_band(self.band)
+            parse_band(self.band, 1)
 
     def kinds(self, job: Job) -> tuple[Kind, ...]:
         """Return the row space where rows of the delta are edited, else the dense one."""
@@ -138,10 +147,9 @@ class FGSN(Repair):
         if self.band == "auto":
             aligned = load(reference.folder, merge=True)
             gap = layer_gap(last_token_states(aligned, job.benign), last_token_states(aligned, job.harmful))
-            band = safety_band(gap, self.band_end)
-            job.note(f"fgsn: safety layers {band.start}-{band.stop - 1} of {len(gap)}")
+            band = safety_band(gap, self.onset, self.band_end)
         else:
-            band = parse_band(self.band)
+            band = parse_band(self.band, depth(job.tuned))
         loaded = load((job.tuned if self.activations == "tuned" else reference).folder, merge=True)
         names = job.tuned.modules if isinstance(job.tuned, Adapter) else block_matrices(job.tuned)
         answered = all(prompt.response for prompt in (*job.harmful, *job.benign))
@@ -246,13 +254,13 @@ def layer_gap(benign: Tensor, harmful: Tensor) -> tuple[float, ...]:
     return tuple((among - (mean_b * mean_h).sum(-1)).tolist())
 
 
-def safety_band(gap: tuple[float, ...], end: str) -> range:
+def safety_band(gap: tuple[float, ...], onset: float, end: str) -> range:
     """Return the layers from the gap's onset to where its growth peaks, turns flat, or to the last layer."""
     if max(gap) <= 0:
         raise UserError(
             "the aligned model tells harmful from benign prompts in no layer; give --param band=LO-HI"
         )
-    first = next(i for i, value in enumerate(gap) if value > _ONSET * max(gap))
+    first = next(i for i, value in enumerate(gap) if value > onset * max(gap))
     growth = [gap[i] - (gap[i - 1] if i else 0.0) for i in range(len(gap))]
     peak = max(range(first, len(gap)), key=lambda i: growth[i])
     if end == "peak":

@@ -78,7 +78,7 @@ class Regions:
     badge=Badge.EXACT,
     paper="https://arxiv.org/abs/2412.12497",
     needs=frozenset({Need.ALIGNED, Need.HARMFUL}),
-    strengths=(0.6, 0.8, 1.0),
+    strengths=(0.8, 1.0),
     variants=({}, {"share": 1.0}),
 )
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from resafe.errors import UserError
 from resafe.model.layout import ATTENTION, FEED_FORWARD
+from resafe.neurons import layer_of
 from resafe.repair.base import Job, Kind, Model, Unit
 from resafe.weights.adapter import Adapter, Factors
 from resafe.weights.checkpoint import Checkpoint, View
@@ -58,6 +59,11 @@ def block_matrices(view: View) -> tuple[str, ...]:
             "matrices of a Llama-like block; this architecture is not supported yet"
         )
     return tuple(names)
+
+
+def depth(view: View) -> int:
+    """Return the number of decoder layers."""
+    return 1 + max(layer_of(name) for name in block_matrices(view))
 
 
 @dataclass(frozen=True)
