@@ -161,6 +161,7 @@ def expert_of(name: str) -> int | None:
 
 def shuffled(mask: Tensor, seed: int, name: str) -> Tensor:
     """Return a mask of the same shape and count whose entries are drawn at random, seeded by name."""
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    # The CPU generator takes 32 bits of seed, so seed and name are mixed into as many.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     order = torch.randperm(mask.numel(), generator=generator)
     return mask.reshape(-1)[order].reshape(mask.shape)
