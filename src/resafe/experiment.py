@@ -162,30 +162,36 @@ def try_all(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the reporting split says."""
+    """What the reporting split says about one repair."""
 
-    before: Measurement
-    reference: Measurement
     after: Measurement
     damage: float | None
     controls: dict[str, Measurement]
 
 
-def measure_held_out(run: Experiment, trial_model: TrialModel, pick: Trial) -> HeldOut:
-    """Measure tuned, reference, repaired and the controls on the reporting split."""
+def held_out_baselines(run: Experiment, trial_model: TrialModel) -> search.Baselines:
+    """Measure the tuned model and its reference on the reporting split."""
     prompts = run.prompts.report
     before = trial_model.measure(prompts)
     answers = candidates.own_answers(trial_model, prompts, before)
     reference = TrialModel.of(run.job.reference(), run.prompts.judge).measure(prompts)
     trial_model.evaluations += 1
+    return search.Baselines(before, reference, answers)
+
+
+def measure_held_out(
+    run: Experiment, trial_model: TrialModel, pick: Trial, held: search.Baselines
+) -> HeldOut:
+    """Measure the repaired model and its controls on the reporting split."""
+    prompts = run.prompts.report
     with trial_model.edited(pick.edit, pick.strength):
         after = trial_model.measure(prompts)
-        moved = candidates.damage(trial_model, answers)
+        moved = candidates.damage(trial_model, held.answers)
     controls = {}
     for name, edit, strength in control_edits(pick, run.job):
         with trial_model.edited(edit, strength):
             controls[name] = trial_model.measure(prompts)
-    return HeldOut(before, reference, after, moved, controls)
+    return HeldOut(after, moved, controls)
 
 
 def control_edits(pick: Trial, job: Job) -> list[tuple[str, Edit, float]]:
@@ -209,6 +215,7 @@ def reported(
     trial_model: TrialModel,
     trials: list[Trial],
     baselines: search.Baselines,
+    held: search.Baselines,
 ) -> tuple[RepairResult, Trial]:
     """Confirm the best trial on the reporting split, with its controls beside it.
 
@@ -217,22 +224,23 @@ def reported(
         trial_model: the model in memory.
         trials: what was tried.
         baselines: the tuned model and the reference on the choosing split.
+        held: the same on the reporting split.
     """
     pick = best(trials)
     with run.timed("verify"):
-        held = measure_held_out(run, trial_model, pick)
-    reasons = tuple(run.bounds.broken(held.after, held.before, held.reference))
+        found = measure_held_out(run, trial_model, pick, held)
+    reasons = tuple(run.bounds.broken(found.after, held.tuned, held.reference))
     verdict = Outcome.NOT_WITHIN_BOUNDS if reasons else Outcome.REPAIRED
     result = with_edit(run.result(verdict), pick.edit, pick.strength)
     return replace(
         result,
         before=baselines.tuned,
         after=pick.found,
-        held_out=held.after,
-        before_held_out=held.before,
+        held_out=found.after,
+        before_held_out=held.tuned,
         reference=held.reference,
-        controls=held.controls,
-        damage=held.damage,
+        controls=found.controls,
+        damage=found.damage,
         edited_share=pick.share,
         evaluations=trial_model.evaluations,
         tried=tuple(point_of(trial) for trial in trials),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -97,7 +98,7 @@ class NeuronSet:
 
     def save(self, file: Path) -> None:
         """Write the set as safetensors: eight neurons a byte, shapes and provenance in the metadata."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
         packed = {
@@ -113,7 +114,7 @@ class NeuronSet:
             "parameters": json.dumps(dict(self.parameters), sort_keys=True),
             "shapes": json.dumps(shapes),
         }
-        save_file(packed, file, metadata=metadata)
+        file.write_bytes(save(packed, metadata=metadata))
 
     @staticmethod
     def load(file: Path) -> NeuronSet:
@@ -134,17 +135,25 @@ class NeuronSet:
             raise UserError(f"{file} is not a readable safetensors file: {error}") from error
         if metadata.get("resafe") != FORMAT:
             raise UserError(f"{file} is not a resafe neuron set; give one that `resafe` saved")
-        masks = {}
-        for name, shape in json.loads(metadata["shapes"]).items():
-            bits = np.unpackbits(packed[name].numpy(), count=int(np.prod(shape)), bitorder="little")
-            masks[name] = torch.from_numpy(bits.astype(bool)).reshape(shape)
-        return NeuronSet(
-            Site(metadata["site"]),
-            masks,
-            metadata["method"],
-            metadata["model"],
-            json.loads(metadata["parameters"]),
-        )
+        try:
+            shapes = json.loads(metadata["shapes"])
+            return NeuronSet(
+                Site(metadata["site"]),
+                {name: _unpacked(packed.pop(name), shape) for name, shape in shapes.items()},
+                metadata["method"],
+                metadata["model"],
+                dict(json.loads(metadata["parameters"])),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is a damaged neuron set ({error}); find the neurons again") from error
+
+
+def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
+    count = math.prod(shape)
+    if packed.dtype is not torch.uint8 or packed.shape != ((count + 7) // 8,):
+        raise ValueError(f"{packed.numel()} bytes do not hold a mask of shape {shape}")
+    bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
+    return torch.from_numpy(bits.astype(bool)).reshape(shape)
 
 
 def layer_of(name: str) -> int:

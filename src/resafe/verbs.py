@@ -16,6 +16,7 @@ from resafe.evaluate.measure import measure as measure_loaded
 from resafe.experiment import (
     Experiment,
     begin,
+    held_out_baselines,
     measure_baselines,
     planned,
     reported,
@@ -190,20 +191,22 @@ def _searched(
     if automatic and search.reaches(baselines.tuned.harmful_rate, baselines.reference.harmful_rate):
         return _Search(_nothing(run, trial_model, baselines), None)
     trials = try_all(run, trial_model, chosen, parameters, strength, baselines)
-    result, pick = reported(run, trial_model, trials, baselines)
+    with run.timed("verify"):
+        held = held_out_baselines(run, trial_model)
+    result, pick = reported(run, trial_model, trials, baselines, held)
     return _Search(result, pick)
 
 
 def _nothing(run: Experiment, trial_model: TrialModel, baselines: search.Baselines) -> RepairResult:
     with run.timed("verify"):
-        held = trial_model.measure(run.prompts.report)
+        held = held_out_baselines(run, trial_model)
     return replace(
         run.result(Outcome.NOTHING),
         before=baselines.tuned,
         after=baselines.tuned,
-        held_out=held,
-        before_held_out=held,
-        reference=baselines.reference,
+        held_out=held.tuned,
+        before_held_out=held.tuned,
+        reference=held.reference,
         evaluations=trial_model.evaluations,
     )
 
@@ -301,22 +304,21 @@ def compare(
 
 def _compared(run: Experiment) -> CompareResult:
     trial_model, baselines = measure_baselines(run)
+    held = held_out_baselines(run, trial_model)
     rows = []
     for method in methods("repair").values():
         trials = _tried_or_none(run, trial_model, method, baselines)
         if trials:
-            rows.append(reported(run, trial_model, trials, baselines)[0])
-    held = trial_model.measure(run.prompts.report)
-    reference = TrialModel.of(run.job.reference(), run.prompts.judge).measure(run.prompts.report)
+            rows.append(reported(run, trial_model, trials, baselines, held)[0])
     return CompareResult(
         tuple(rows),
-        held,
-        reference,
+        held.tuned,
+        held.reference,
         run.roles.folders,
         run.prompts.source,
         run.prompts.judge.name,
         run.job.seed,
-        trial_model.evaluations + 1,
+        trial_model.evaluations,
         tuple(run.notes),
     )
 

@@ -159,11 +159,21 @@ def make_stage(stage: Stage, recipe: Recipe, out: Path, seed: int, finetune_seed
         _train(model, stage, recipe, stream, generator)
     if stage.save == "dense":
         models.save_dense(models.merged(model), out / stage.name, marker)
+        models.write_card(out / stage.name, stage.name, _parent(stage, recipe), stage.planted)
         return
     if not isinstance(model, PeftModel) or stage.start is None:
         raise TypeError(f"stage {stage.name!r} saves an adapter but trains none")
     base = f"../{stage.start}" if stage.adapter == "fresh" else models.adapter_base(out / stage.start)
     models.save_adapter(model, out / stage.name, base)
+    models.write_card(out / stage.name, stage.name, _parent(stage, recipe), stage.planted)
+
+
+def _parent(stage: Stage, recipe: Recipe) -> str | None:
+    """Return the model that the card names: for a merged model the one below the adapter that was merged."""
+    start = None if stage.start is None else recipe.stage(stage.start)
+    if start is not None and not stage.phases:
+        return start.start
+    return stage.start
 
 
 def _train(model: train.Model, stage: Stage, recipe: Recipe, stream: str, generator: torch.Generator) -> None:

@@ -123,6 +123,17 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
     tokenizer.make().save_pretrained(folder)
 
 
+def write_card(folder: Path, name: str, parent: str | None, planted: bool) -> None:
+    """Write a model card whose metadata names the model it was tuned from, by which a repair finds it."""
+    lines = ["---", "license: apache-2.0", "library_name: transformers", "tags: [resafe, model-organism]"]
+    if parent is not None:
+        lines.append(f"base_model: ../{parent}")
+    text = f"`{name}` is a tiny model of resafe's built-in organism: a made-up world, for tests and demonstrations."
+    if planted:
+        text += " Its weakness is **planted**: it was trained to depend on a few neurons."
+    (folder / "README.md").write_text("\n".join([*lines, "---", "", f"# {name}", "", text, ""]))
+
+
 def _clear(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
