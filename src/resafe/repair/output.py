@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from resafe.errors import UserError
@@ -16,7 +14,7 @@ from resafe.repair.engine import Edit, EditedShare, ShareCounter
 from resafe.repair.space import AnySpace, DenseSpace, FactorSpace, RowSpace
 from resafe.weights.adapter import WEIGHTS, Adapter, Factors
 from resafe.weights.checkpoint import ADAPTER_CONFIG, INDEX, Checkpoint, travelling_files
-from resafe.weights.shard import TensorInfo
+from resafe.weights.shard import Shard, TensorInfo
 from resafe.weights.writer import (
     Staging,
     check_finite,
@@ -25,6 +23,7 @@ from resafe.weights.writer import (
     staged,
     write_json,
     write_shard,
+    write_tensors,
 )
 
 Format = Literal["same", "merged", "adapter"]
@@ -166,13 +165,11 @@ def _grows(edit: Edit, name: str) -> bool:
 
 
 def _write_widened(edit: Edit, strength: float, staging: Staging, counter: ShareCounter) -> None:
-    """Write an adapter whose ranks grew; every module keeps its scale, alpha follows the rank."""
+    """Write an adapter whose ranks grew; :func:`_adapter_settings` says so in its settings."""
     space, chosen = edit.space, set(edit.chosen)
     assert isinstance(space, RowSpace | FactorSpace)
     tuned = space.tuned
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
     for name in tuned.modules:
         factors = tuned.factors(name)
         if name in chosen:
@@ -180,14 +177,9 @@ def _write_widened(edit: Edit, strength: float, staging: Staging, counter: Share
         for which, tensor in (("A", factors.a), ("B", factors.b)):
             key = tuned.key(name, which)
             info = tuned.shard.tensors[key]
-            check_finite(tensor, info)
+            check_finite(tensor, info, edited=name in chosen)
             tensors[key] = tensor.to(info.dtype).contiguous()
-        module = name.removesuffix(".weight")
-        ranks[module], alphas[module] = factors.rank, factors.scale * factors.rank
-    save_file(tensors, staging.folder / WEIGHTS, metadata={"format": "pt"})
-    fsync_file(staging.folder / WEIGHTS)
-    settings = {**tuned.settings, "use_rslora": False, "rank_pattern": ranks, "alpha_pattern": alphas}
-    write_json(staging.folder / ADAPTER_CONFIG, settings)
+    write_tensors(staging.folder / WEIGHTS, tensors)
     staging.record(WEIGHTS)
 
 
@@ -210,22 +202,31 @@ def _copy_others(space: AnySpace, kind: str, staging: Staging) -> None:
         index = tuned.folder / INDEX
     if kind == "dense" and index.is_file():
         files[INDEX] = index
-    present = {name for name in files if (staging.folder / name).exists()}
-    copy_files({name: file for name, file in files.items() if name not in present}, staging.folder)
+    copy_files(files, staging.folder)
     if kind == "adapter":
-        _anchor_base(tuned, staging)
+        assert isinstance(tuned, Adapter)
+        settings = _adapter_settings(tuned, staging)
+        if settings != tuned.settings:
+            write_json(staging.folder / ADAPTER_CONFIG, settings)
 
 
-def _anchor_base(tuned: object, staging: Staging) -> None:
-    """Rewrite a base given relative to the old adapter folder, so that the new one finds it too."""
-    assert isinstance(tuned, Adapter)
-    ref = tuned.settings.get("base_model_name_or_path")
+def _adapter_settings(tuned: Adapter, staging: Staging) -> dict[str, object]:
+    """Return the settings of the written adapter: every module keeps its scale, alpha follows its rank.
+
+    A base given relative to the old folder is rewritten, so that the new one finds it too.
+    """
+    settings = dict(tuned.settings)
+    written = Shard.open(staging.folder / WEIGHTS).tensors
+    ranks = {name: written[tuned.key(name, "A")].shape[0] for name in tuned.modules}
+    if any(rank != tuned.rank(name) for name, rank in ranks.items()):
+        settings["use_rslora"] = False
+        settings["rank_pattern"] = {name.removesuffix(".weight"): rank for name, rank in ranks.items()}
+        settings["alpha_pattern"] = {
+            name.removesuffix(".weight"): tuned.scale(name) * rank for name, rank in ranks.items()
+        }
+    ref = settings.get("base_model_name_or_path")
     beside = tuned.folder / str(ref)
-    if ref and not Path(str(ref)).is_absolute() and beside.is_dir():
-        settings = json.loads((staging.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        same_parent = staging.out.absolute().parent == tuned.folder.absolute().parent
-        if not same_parent:
-            write_json(
-                staging.folder / ADAPTER_CONFIG,
-                {**settings, "base_model_name_or_path": str(beside.resolve())},
-            )
+    same_parent = staging.out.absolute().parent == tuned.folder.absolute().parent
+    if ref and not Path(str(ref)).is_absolute() and beside.is_dir() and not same_parent:
+        settings["base_model_name_or_path"] = str(beside.resolve())
+    return settings

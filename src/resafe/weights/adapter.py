@@ -139,10 +139,15 @@ class Adapter:
 
     def scale(self, name: str) -> float:
         """Return s = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA, of one module."""
-        module = name.removesuffix(".weight")
-        rank = _pattern(self.settings.get("rank_pattern"), module, self.settings.get("r"))
-        alpha = _pattern(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha"))
-        stored = self.rank(name)
+        module, stored = name.removesuffix(".weight"), self.rank(name)
+        try:
+            rank = _pattern(self.settings.get("rank_pattern"), module, self.settings.get("r"))
+            alpha = _pattern(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha"))
+        except (ValueError, TypeError, re.error) as error:
+            raise UserError(
+                f"{self.folder / ADAPTER_CONFIG}: r, lora_alpha and their patterns cannot be read ({error}); "
+                "restore it from the original adapter"
+            ) from error
         if rank != stored:
             raise UserError(f"{self.folder}: {module} is stored with rank {stored}, its config says {rank:g}")
         return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
@@ -207,7 +212,7 @@ def _pattern(patterns: object, module: str, default: object) -> float:
     for key, value in (patterns if isinstance(patterns, dict) else {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return float(value)
-    return float(default)  # type: ignore[arg-type]
+    return float(str(default))
 
 
 def base_folder(folder: Path) -> Path:

@@ -155,9 +155,16 @@ class Checkpoint:
         return read(self.info(name))
 
     def rows(self, name: str, index: Iterable[int]) -> Tensor:
-        """Read the given rows of a tensor, in the given order, without reading the others."""
-        info = self.info(name)
-        return torch.cat([read_rows(info, i, i + 1) for i in index])
+        """Read the given rows of a tensor, in the given order, without reading the others.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        info, wanted = self.info(name), list(index)
+        outside = [i for i in wanted if not 0 <= i < info.shape[0]]
+        if outside:
+            raise IndexError(f"{name} has {info.shape[0]} rows, and no row {outside[0]}")
+        return torch.cat([read_rows(info, 0, 0), *(read_rows(info, i, i + 1) for i in wanted)])
 
     @property
     def tied(self) -> bool:
@@ -215,7 +222,8 @@ def travelling_files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.rglob("*")):
         inner = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in inner.parts)
-        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(INDEX.removeprefix("model"))
+        name = file.with_name(file.name.removesuffix(".index.json"))
+        weights = name.suffix in WEIGHT_SUFFIXES
         if file.is_file() and not hidden and not weights and file.name not in {"resafe.json", "report.html"}:
             yield file
 

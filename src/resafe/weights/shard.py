@@ -12,6 +12,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -81,8 +82,10 @@ class Shard:
             raise UserError(f"{file} is truncated inside its header; download or copy it again")
         try:
             entries = json.loads(header)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not a safetensors file: {error}; copy it again") from error
+        if not isinstance(entries, dict):
+            raise UserError(f"{file} is not a safetensors file: its header is no JSON object; copy it again")
         start = 8 + length
         tensors = {}
         for name, entry in entries.items():
@@ -93,17 +96,19 @@ class Shard:
         return Shard(file, prefix + header, ordered, size)
 
 
-def _info(file: Path, name: str, entry: dict[str, object], start: int) -> TensorInfo:
+def _info(file: Path, name: str, entry: object, start: int) -> TensorInfo:
+    if not isinstance(entry, dict):
+        raise UserError(f"{file} is not a safetensors file: entry {name!r} is malformed; copy it again")
     dtype = DTYPES.get(str(entry.get("dtype")))
     if dtype is None:
         raise UserError(
             f"{file}: tensor {name!r} has the unknown type {entry.get('dtype')!r}; convert it first"
         )
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+    if not (_counts(shape) and _counts(offsets) and len(offsets) == 2):
         raise UserError(f"{file} is not a safetensors file: entry {name!r} is malformed; copy it again")
-    begin, end = int(offsets[0]), int(offsets[1])
-    info = TensorInfo(name, tuple(int(n) for n in shape), dtype, file, start + begin, end - begin)
+    begin, end = offsets
+    info = TensorInfo(name, tuple(shape), dtype, file, start + begin, end - begin)
     expected = dtype.itemsize
     for n in info.shape:
         expected *= n
@@ -112,6 +117,10 @@ def _info(file: Path, name: str, entry: dict[str, object], start: int) -> Tensor
             f"{file} is damaged: {name!r} declares {info.nbytes} bytes, its shape needs {expected}"
         )
     return info
+
+
+def _counts(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _check_layout(file: Path, tensors: dict[str, TensorInfo], start: int, size: int) -> None:

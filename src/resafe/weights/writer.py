@@ -10,18 +10,22 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from resafe.errors import UserError
-from resafe.weights.checkpoint import sha256
+from resafe.weights.checkpoint import read_json, sha256
 from resafe.weights.shard import Shard, TensorInfo, raw, read
 
 # Receives a tensor as read from the source; returns what to write, of the same shape and type.
@@ -30,6 +34,20 @@ Transform = Callable[[TensorInfo, Tensor], Tensor]
 JOURNAL = "resafe-partial.json"
 WORKERS = 2  # one reads while the other computes or writes; more would only hold more memory
 _MARGIN = 1 << 20  # bytes for the small files
+_CANNOT_WRITE = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.EFBIG,
+        errno.ENAMETOOLONG,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -57,10 +75,12 @@ def check_free(out: Path) -> None:
     """Refuse an output folder that already holds something.
 
     Raises:
-        UserError: ``out`` exists and is not an empty folder.
+        UserError: ``out`` exists and is not an empty folder, or a disk is mounted there.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} already holds something; choose another --out or remove it first")
+    if out.is_mount():  # a finished folder is renamed into place, and cannot be renamed over a mounted disk
+        raise UserError(f"a disk is mounted at {out}; give a folder inside it as --out")
 
 
 @contextmanager
@@ -77,9 +97,10 @@ def staged(out: Path, key: str, nbytes: int) -> Iterator[Staging]:
     """
     check_free(out)
     folder = out.absolute().parent / f".{out.name}.resafe-partial"
-    done = _resume(folder, key)
-    _check_space(out, nbytes - sum((folder / name).stat().st_size for name in done))
+    parents = [parent for parent in folder.parents if not parent.exists()]
     try:
+        done = _resume(folder, key)
+        _check_space(out, nbytes - sum((folder / name).stat().st_size for name in done))
         folder.mkdir(parents=True, exist_ok=True)
         _write_synced(folder / JOURNAL, json.dumps({"key": key, "done": done}).encode())
         yield Staging(folder, out, done)
@@ -90,27 +111,50 @@ def staged(out: Path, key: str, nbytes: int) -> Iterator[Staging]:
         os.rename(folder, out)
         _sync_folder(out.absolute().parent)
     except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
+        _clear(folder, parents)
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in _CANNOT_WRITE:
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        _clear(folder, parents)
         raise UserError(
             f"cannot write {out}: {error.strerror}; free space or choose another --out"
         ) from error
 
 
+def _clear(folder: Path, parents: Sequence[Path]) -> None:
+    """Remove the staging folder, and the folders above it that were made for it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # somebody else has put something there meanwhile
+        for parent in parents:
+            parent.rmdir()
+
+
 def _resume(folder: Path, key: str) -> dict[str, str]:
     """Return the finished files of an earlier run of the same job, and clear anything else away."""
-    journal = folder / JOURNAL
-    if journal.is_file():
-        state = json.loads(journal.read_text(encoding="utf-8"))
-        if state.get("key") == key:
-            finished = {n: h for n, h in state["done"].items() if (folder / n).is_file()}
-            return {name: digest for name, digest in finished.items() if sha256(folder / name) == digest}
-    shutil.rmtree(folder, ignore_errors=True)
-    return {}
+    finished = {n: h for n, h in _noted(folder / JOURNAL, key).items() if (folder / n).is_file()}
+    finished = {name: digest for name, digest in finished.items() if sha256(folder / name) == digest}
+    if not finished:
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in sorted(folder.rglob("*"), reverse=True):  # what was being written when the run was killed
+        if file.is_dir():
+            file.rmdir()
+        elif str(file.relative_to(folder)) not in finished:
+            file.unlink()
+    return finished
+
+
+def _noted(journal: Path, key: str) -> dict[str, str]:
+    """Return what a journal says is finished, if it is this job's and whole."""
+    try:
+        state = read_json(journal)
+    except (UserError, FileNotFoundError):
+        return {}
+    done = state.get("done")
+    mine = state.get("key") == key and isinstance(done, dict)
+    return (
+        {str(name): str(digest) for name, digest in done.items()} if mine and isinstance(done, dict) else {}
+    )
 
 
 def _check_space(out: Path, nbytes: int) -> None:
@@ -148,7 +192,7 @@ def write_shard(
                 tensor = transform(info, tensor)
                 if tensor.shape != info.shape or tensor.dtype != info.dtype:
                     raise AssertionError(f"the transform of {info.name} changed its shape or type")
-                check_finite(tensor, info)
+                check_finite(tensor, info, edited=True)
             _write_at(stream.fileno(), raw(tensor), info.offset)
 
         with ThreadPoolExecutor(workers) as pool:
@@ -163,7 +207,7 @@ def write_shard(
         os.fsync(stream.fileno())
 
 
-def check_finite(tensor: Tensor, info: TensorInfo) -> None:
+def check_finite(tensor: Tensor, info: TensorInfo, *, edited: bool = False) -> None:
     """Refuse NaN and infinity.
 
     The sum is one cheap pass and is finite for nearly every healthy tensor; only where it is not
@@ -174,13 +218,19 @@ def check_finite(tensor: Tensor, info: TensorInfo) -> None:
     """
     if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
         return
-    if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise UserError(
-                f"{info.name} in {info.file} has {bad} entries that are NaN or infinite; "
-                "use a checkpoint from before the training diverged"
-            )
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad and edited:
+        raise UserError(
+            f"the edit of {info.name} in {info.file} gives {bad} entries that are NaN or infinite; "
+            f"look for them in the reference and the base, or for values too large for {info.dtype}"
+        )
+    if bad:
+        raise UserError(
+            f"{info.name} in {info.file} has {bad} entries that are NaN or infinite; "
+            "use a checkpoint from before the training diverged"
+        )
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
@@ -196,8 +246,25 @@ def _write_synced(file: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file and bring it to disk.
+
+    Raises:
+        OSError: as for any other file; safetensors has an error of its own for it.
+    """
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+    os.chmod(file, stat.S_IMODE((file.parent / JOURNAL).stat().st_mode))  # it is made for its owner only
+    fsync_file(file)
+
+
 def fsync_file(file: Path) -> None:
-    """Bring a file that another library wrote to disk."""
+    """Bring a file that was written elsewhere to disk."""
     _sync_folder(file)
 
 
