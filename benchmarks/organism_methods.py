@@ -85,7 +85,7 @@ def table(name: str, comparisons: list[dict[str, object]]) -> str:
     out = [
         f"### {name}",
         "",
-        "| | harmful | over-refusal | incoherent | task | ability | damage | edited, of the model | of the matrices | chosen, by seed |",
+        "| | harmful | over-refusal | incoherent | task | ability | damage | edited, model | matrices | chosen |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for label in per_seed[0]:

@@ -11,7 +11,7 @@ from resafe.results import CompareResult, RepairResult
 from resafe.verbs import compare, repair
 from resafe.weights.writer import check_free
 
-TUNED = "tuned-lora"
+TUNED = "late-tuned"
 
 
 def demo(

@@ -161,7 +161,7 @@ class Repair(ABC):
 def blend(tuned: Tensor, target: Target, strength: float) -> Tensor:
     """Return ``tuned + strength · mask · (target - tuned)`` in the type of ``tuned``, rounded once.
 
-    ``torch.lerp`` is exact at both ends: strength 0 returns the tuned bits and strength 1 the target's.
+    Strength 0 returns the tuned bits and strength 1 the target's, down to the sign of a zero.
 
     Raises:
         UserError: the target has another shape (a rank that grew) and the strength is not 1.
@@ -171,7 +171,11 @@ def blend(tuned: Tensor, target: Target, strength: float) -> Tensor:
         if strength != 1.0:
             raise UserError("an edit that changes an adapter's rank exists at strength 1 only")
         return value.to(tuned.dtype)
-    if value.dtype == tuned.dtype:
+    if strength == 0.0:
+        return tuned
+    if strength == 1.0:
+        mixed = value.to(tuned.dtype)
+    elif value.dtype == tuned.dtype:
         mixed = torch.lerp(tuned, value, strength)
     else:
         mixed = torch.lerp(tuned.float(), value.float(), strength).to(tuned.dtype)

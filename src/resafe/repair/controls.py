@@ -94,6 +94,7 @@ def imitated_parameters(text: str) -> dict[str, str]:
     badge=Badge.CONTROL,
     paper=None,
     needs=frozenset({Need.ALIGNED}),
+    variants=({"layers": "75%-100%"}, {"layers": "50%-100%"}, {"layers": "0%-50%"}),
 )
 @dataclass(frozen=True)
 class Reset(_Imitation):
@@ -104,7 +105,7 @@ class Reset(_Imitation):
     Attributes:
         like: the method whose masks are used; without one, whole matrices.
         settings: that method's parameters, as ``key=value;key=value``.
-        layers: without ``like``: the layers to reset, as ``4-7`` (default: all).
+        layers: without ``like``: the layers to reset, as ``4-7`` or ``50%-100%`` (default: all).
     """
 
     like: str | None = None
@@ -146,7 +147,7 @@ class RandomNeurons(_Imitation):
         settings: that method's parameters, as ``key=value;key=value``.
         share: without ``like``: share of neurons per matrix.
         neuron: without ``like``: rows of the matrix, or single entries.
-        layers: without ``like``: the layers to draw from, as ``4-7`` (default: all).
+        layers: without ``like``: the layers to draw from, as ``4-7`` or ``50%-100%`` (default: all).
         seed: seed of the draw.
     """
 

@@ -31,8 +31,7 @@ from resafe.registry import Badge, Need, method
 from resafe.repair.base import Job, Kind, Plan, Repair, Target, Unit
 from resafe.repair.calibrate import input_norms, last_token_states, prompts_only, with_responses
 from resafe.repair.controls import parse_band
-from resafe.repair.space import block_matrices, depth
-from resafe.weights.adapter import Adapter
+from resafe.repair.space import choose_space, depth
 from resafe.weights.checkpoint import fingerprint
 from resafe.weights.lowrank import left_singular
 
@@ -151,7 +150,7 @@ class FGSN(Repair):
         else:
             band = parse_band(self.band, depth(job.tuned))
         loaded = load((job.tuned if self.activations == "tuned" else reference).folder, merge=True)
-        names = job.tuned.modules if isinstance(job.tuned, Adapter) else block_matrices(job.tuned)
+        names = choose_space(self.kinds(job), job).matrices()
         answered = all(prompt.response for prompt in (*job.harmful, *job.benign))
         respond = self.tokens == "response" or (self.tokens == "auto" and answered)
         texts = [
