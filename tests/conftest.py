@@ -52,7 +52,7 @@ def fork(work: Callable[[], None], folder: Path) -> tuple[int, Path, Path]:
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  the child must never return into pytest
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -7,14 +7,13 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from resafe.errors import UserError
 
-if TYPE_CHECKING:
-    pass
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="resafe",
@@ -221,18 +220,22 @@ def organism_build(
     typer.echo(out)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"resafe {version('resafe')}")
+        raise typer.Exit
+
+
 @app.callback()
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version),
     ] = False,
 ) -> None:
     """Make fine-tuned language models safe again, at the level of neurons."""
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"resafe {installed('resafe')}")
-        raise typer.Exit
 
 
 def parse_parameters(pairs: Sequence[str]) -> dict[str, object]:
@@ -259,11 +262,12 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"resafe: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo(
-            "resafe: stopped; what was finished is kept, the same command goes on from there", err=True
-        )
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # typer has caught Ctrl-C by then, and says nothing
+            typer.echo(
+                "resafe: stopped; what was finished is kept, the same command goes on from there", err=True
+            )
+        raise
 
 
 if __name__ == "__main__":

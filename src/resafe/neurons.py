@@ -114,7 +114,7 @@ class NeuronSet:
             "parameters": json.dumps(dict(self.parameters), sort_keys=True),
             "shapes": json.dumps(shapes),
         }
-        file.write_bytes(save(packed, metadata=metadata))
+        file.write_bytes(_ordered(save(packed, metadata=metadata)))
 
     @staticmethod
     def load(file: Path) -> NeuronSet:
@@ -148,9 +148,18 @@ class NeuronSet:
             raise UserError(f"{file} is a damaged neuron set ({error}); find the neurons again") from error
 
 
+def _ordered(data: bytes) -> bytes:
+    """Sort the header of a safetensors file: its writer puts the metadata in another order every time."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
 def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
     count = math.prod(shape)
-    if packed.dtype is not torch.uint8 or packed.shape != ((count + 7) // 8,):
+    sound = packed.dtype is torch.uint8 and packed.shape == ((count + 7) // 8,)
+    if not sound or any(side < 0 for side in shape):
         raise ValueError(f"{packed.numel()} bytes do not hold a mask of shape {shape}")
     bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
     return torch.from_numpy(bits.astype(bool)).reshape(shape)

@@ -14,10 +14,12 @@ from resafe.repair.base import Model
 from resafe.repair.space import block_matrices
 from resafe.weights.adapter import Adapter, open_model
 from resafe.weights.checkpoint import Checkpoint, fingerprint
+from resafe.weights.shard import read_rows
 
 PARENT = 0.5  # cosine of weights below which a model is plainly not the parent of another
 _SAMPLED = 8  # matrices looked at
-_CARD_BASE = re.compile(r"^base_model:\s*(?:\n\s*-\s*)?[\"']?([^\s\"']+)", re.MULTILINE)
+_ENTRIES = 1 << 20  # entries of each, in whole rows from the first
+_CARD_BASE = re.compile(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?([^\s\"']+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ def check_parent(tuned: Model, aligned: Model) -> None:
 
 
 def _flat(model: Model, name: str) -> Tensor:
-    tensor = model.tensor(name)
+    shape = model.info(name).shape
+    rows = min(shape[0], max(1, _ENTRIES // shape[1]))
+    tensor = model.tensor(name)[:rows] if isinstance(model, Adapter) else read_rows(model.info(name), 0, rows)
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(
             f"{name} in {model.folder} holds NaN or infinity; use a checkpoint from before the training diverged"

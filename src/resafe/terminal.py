@@ -37,14 +37,16 @@ class Screen:
         self._out = Console(soft_wrap=True, highlight=False)
         if self._out.width < _WIDTH:
             self._out.width = _WIDTH  # a table is better wrapped by the terminal than cut
+        errors = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=errors,
             transient=True,
+            disable=not errors.is_terminal,  # in a pipeline stderr holds sentences only
         )
         self._tasks: dict[str, int] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,6 +162,8 @@ def _repaired(
 
 def _methods(name: str, parameters: Mapping[str, object], strength: float | None) -> list[Method]:
     """Return the named method with its parameters checked, or all that the automatic choice tries."""
+    if strength is not None and not math.isfinite(strength):
+        raise UserError(f"the strength cannot be {strength}; give a number such as 0.8")
     if name != "auto":
         method = get(name, "repair")
         method.make(parameters)

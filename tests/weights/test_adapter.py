@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from resafe.errors import UserError
 from resafe.weights.adapter import WEIGHTS, Adapter, open_model
 from resafe.weights.checkpoint import ADAPTER_CONFIG, Checkpoint
-
-from ..model import tiny
+from tests.model import tiny
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +175,8 @@ def test_factors_that_do_not_fit(tmp_path: Path, base: Path, edit: str, words: s
 def test_settings_that_contradict_the_factors(tmp_path: Path, base: Path, settings: dict) -> None:
     folder = trained(tmp_path / "adapter", base, lora())
     change(folder, **settings)
+    adapter = Adapter.open(folder)
     with pytest.raises(UserError, match="adapter"):
-        adapter = Adapter.open(folder)
         adapter.scale(adapter.modules[0])
 
 

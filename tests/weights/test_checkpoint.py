@@ -8,8 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from resafe.errors import UserError
 from resafe.weights.checkpoint import INDEX, Checkpoint, fingerprint, resolve, travelling_files
-
-from ..model import tiny
+from tests.model import tiny
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float16, torch.bfloat16], ids=str)

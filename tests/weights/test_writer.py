@@ -26,9 +26,8 @@ from resafe.weights.adapter import open_model
 from resafe.weights.checkpoint import Checkpoint
 from resafe.weights.shard import Shard, TensorInfo
 from resafe.weights.writer import JOURNAL, check_free, copy_files, staged, write_json, write_shard
-
-from ..conftest import contents, fork, wait_for
-from ..model import tiny
+from tests.conftest import contents, fork, wait_for
+from tests.model import tiny
 
 
 def partial(out: Path) -> Path:
@@ -110,9 +109,13 @@ def test_a_finished_folder_holds_no_trace_of_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [UserError("no"), OSError(errno.ENOSPC, "No space left on device")])
 def test_a_failed_run_leaves_nothing(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(UserError), staged(tmp_path / "deep" / "er" / "out", "key", 10) as staging:
-        write_json(staging.folder / "a.json", {"x": 1})
-        raise error
+    def run() -> None:
+        with staged(tmp_path / "deep" / "er" / "out", "key", 10) as staging:
+            write_json(staging.folder / "a.json", {"x": 1})
+            raise error
+
+    with pytest.raises(UserError):
+        run()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -164,6 +164,8 @@ class FGSN(Repair):
         """Return the chosen rows (out,) or entries (out, in) of one matrix."""
         assert isinstance(statistics, Activity)
         if statistics.chosen is not None:
+            if unit.name not in statistics.chosen:
+                raise UserError(f"the neuron set lacks {unit.name}; find the neurons of this model again")
             return statistics.chosen[unit.name]
         q = self.q if layer_of(unit.name) in statistics.band else self.q_other
         w = unit.weight().abs() if self.weights == "tuned" else self._aligned_weight(unit).abs()
