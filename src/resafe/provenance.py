@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import zip_longest
 
 from resafe.repair.base import Model
 from resafe.report.page import page
@@ -23,10 +24,12 @@ class Recorder:
 
     def __init__(self, inputs: Mapping[str, Model]) -> None:
         self._pool = ThreadPoolExecutor(1)
-        self._hashes: dict[str, dict[str, Future[str]]] = {
-            role: {file.name: self._pool.submit(sha256, file) for file in model.files}
-            for role, model in inputs.items()
-        }
+        self._hashes: dict[str, dict[str, Future[str]]] = {role: {} for role in inputs}
+        # Side by side through the roles, as the edit reads them: what one has read the other finds in memory.
+        for files in zip_longest(*(model.files for model in inputs.values())):
+            for role, file in zip(inputs, files, strict=True):
+                if file is not None:
+                    self._hashes[role][file.name] = self._pool.submit(sha256, file)
 
     def finish(self, staging: Staging, result: RepairResult, command: Mapping[str, object]) -> None:
         """Write ``resafe.json`` and ``report.html`` into the staging folder."""

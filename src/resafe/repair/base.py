@@ -24,6 +24,7 @@ from resafe.evaluate.prompts import Prompt
 from resafe.neurons import NeuronSet
 from resafe.weights.adapter import Adapter
 from resafe.weights.checkpoint import Checkpoint
+from resafe.weights.shard import empty_like
 
 Model = Checkpoint | Adapter
 
@@ -176,7 +177,7 @@ def blend(tuned: Tensor, target: Target, strength: float) -> Tensor:
     if strength == 1.0:
         mixed = value.to(tuned.dtype)
     elif value.dtype == tuned.dtype:
-        mixed = torch.lerp(tuned, value, strength)
+        mixed = torch.lerp(tuned, value, strength, out=empty_like(tuned))
     else:
         mixed = torch.lerp(tuned.float(), value.float(), strength).to(tuned.dtype)
     return mixed if target.mask is None else torch.where(target.mask, mixed, tuned)

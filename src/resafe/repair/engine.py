@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from resafe.errors import UserError
 from resafe.registry import Method
 from resafe.repair.base import Job, Kind, Plan, Repair, Unit, blend
-from resafe.repair.space import AnySpace, DenseSpace, FactorSpace, OwnSpace, RowSpace, choose_space
+from resafe.repair.space import AnySpace, DenseSpace, FactorSpace, Later, OwnSpace, RowSpace, choose_space
 from resafe.weights.adapter import Adapter
-from resafe.weights.shard import EDITABLE
+from resafe.weights.shard import EDITABLE, read
+from resafe.weights.writer import all_finite, check_finite
 
 Progress = Callable[[str, int, int], None]
+_INTEGER = {2: torch.int16, 4: torch.int32}  # bytes of a type -> the integer that holds its bits
+_BLOCK = 1 << 18  # entries that fit the cache
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,24 @@ class Edit:
         """Names of the units that the plan edits, in file order."""
         return tuple(name for name in self.units if name in self.plan.units)
 
-    def tensors(self, name: str, strength: float, counter: ShareCounter | None = None) -> dict[str, Tensor]:
-        """Return the edited tensors of one chosen unit, in their stored type."""
+    def tensors(
+        self,
+        name: str,
+        strength: float,
+        counter: ShareCounter | None = None,
+        stored: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the edited tensors of one chosen unit, in their stored type.
+
+        Args:
+            name: the unit.
+            strength: the strength.
+            counter: counts what changes.
+            stored: the tuned tensor in the space ``dense``, where it has been read already.
+        """
         unit = self.space.unit(name)
+        if stored is not None:
+            unit = replace(unit, tuned={name: stored}, weight=stored.float)
         targets = self.repair.edit(unit, self.plan, self.statistics)
         new = {key: blend(unit.tuned[key], target, strength) for key, target in targets.items()}
         if counter is not None:
@@ -114,11 +134,11 @@ class ShareCounter:
             if tensor.shape != old.shape:  # a rank that grew: the old tensor beside nothing
                 count += tensor.numel()
                 continue
-            different = tensor != old
             if isinstance(space, RowSpace):
-                count += int(different.any(dim=1).sum()) * int(space.tuned.info(unit.name).shape[1])
+                changed = int((tensor != old).any(dim=1).sum())
+                count += changed * int(space.tuned.info(unit.name).shape[1])
             else:
-                count += int(different.sum())
+                count += differing(tensor, old)
         with self._lock:
             self.changed[unit.name] = count
 
@@ -130,6 +150,30 @@ class ShareCounter:
         else:
             targeted = sum(space.tuned.info(name).numel for name in edit.units)
         return EditedShare(self.changed.total(), max(1, targeted), max(1, model_entries(space)))
+
+
+def differing(one: Tensor, other: Tensor) -> int:
+    """Count the entries in which two tensors of one shape and type differ.
+
+    Compared as integers, a block at a time: one pass through the cache instead of masks of the whole
+    size. Where only the sign differs it may be that of a zero, and zeros are equal: that block is
+    compared as numbers.
+    """
+    if one.dtype.itemsize not in _INTEGER or one.dtype != other.dtype:
+        return int((one != other).sum())
+    one, other = one.reshape(-1), other.reshape(-1)
+    integer = _INTEGER[one.dtype.itemsize]
+    lowest = torch.iinfo(integer).min
+    mine, theirs = (tensor.view(integer).numpy() for tensor in (one, other))
+    count = 0
+    for start in range(0, len(mine), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        bits = np.bitwise_xor(mine[block], theirs[block])
+        if bits.size and bits.min() == lowest:
+            count += int((one[block] != other[block]).sum())
+        else:
+            count += int(np.count_nonzero(bits))
+    return count
 
 
 def model_entries(space: AnySpace) -> int:
@@ -167,6 +211,21 @@ def plan_edit(
     repair = method.make(parameters)
     assert isinstance(repair, Repair)
     check_needs(method, job)
+    try:
+        return _decided(method, repair, parameters, job, progress, statistics)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        _find_not_finite(job)
+        raise UserError(f"{method.name} failed on these weights ({error}); try another method") from error
+
+
+def _decided(
+    method: Method,
+    repair: Repair,
+    parameters: Mapping[str, object],
+    job: Job,
+    progress: Progress | None,
+    statistics: object,
+) -> Edit:
     if statistics is None:
         statistics = repair.prepare(job)
     space = (
@@ -182,9 +241,32 @@ def plan_edit(
     for done, name in enumerate(units):
         if progress:
             progress("locate", done, len(units))
-        measured[name] = repair.measure(space.unit(name), statistics)
+        unit = space.unit(name)
+        measured[name] = repair.measure(unit, statistics)
+        _check_unit(unit)
     plan = repair.decide(measured, statistics)
     return Edit(method, repair, dict(parameters), space, units, plan, statistics, job)
+
+
+def _check_unit(unit: Unit) -> None:
+    """Refuse a matrix of which anything that was looked at is unsound, before anything is chosen from it."""
+    for role, tensors in (("tuned", unit.tuned), ("aligned", unit.aligned)):
+        for key, tensor in (tensors.read if isinstance(tensors, Later) else tensors).items():
+            if not all_finite(tensor):
+                raise UserError(
+                    f"{key} of the {role} model holds NaN or infinity; "
+                    "use a checkpoint from before the training diverged"
+                )
+
+
+def _find_not_finite(job: Job) -> None:
+    """Refuse NaN and infinity wherever they are in the models."""
+    models = [model for model in (job.tuned, job.aligned, job.base) if model is not None]
+    dense = [model.base if isinstance(model, Adapter) else model for model in models]
+    shards = [model.shard for model in models if isinstance(model, Adapter)]
+    for shard in [*shards, *(shard for model in dense for shard in model.shards)]:
+        for info in shard.tensors.values():
+            check_finite(read(info), info)
 
 
 def is_editable(space: AnySpace, name: str) -> bool:

@@ -14,7 +14,7 @@ from resafe.repair.engine import Edit, EditedShare, ShareCounter
 from resafe.repair.space import AnySpace, DenseSpace, FactorSpace, RowSpace
 from resafe.weights.adapter import WEIGHTS, Adapter, Factors
 from resafe.weights.checkpoint import ADAPTER_CONFIG, INDEX, Checkpoint, travelling_files
-from resafe.weights.shard import Shard, TensorInfo
+from resafe.weights.shard import Shard, TensorInfo, read, release
 from resafe.weights.writer import (
     Staging,
     check_finite,
@@ -117,11 +117,16 @@ def _write_dense(
     progress: Progress | None,
 ) -> None:
     tuned, chosen = edit.space.tuned, set(edit.chosen if strength else ())
+    for info in tuned.shard.tensors.values() if isinstance(tuned, Adapter) else ():
+        check_finite(read(info), info)
     merged = {*tuned.modules, *tuned.replaced} if isinstance(tuned, Adapter) else set()
+
+    def own(stored: Tensor) -> Tensor | None:
+        return None if isinstance(tuned, Adapter) else stored  # what is stored is the base's
 
     def transform(info: TensorInfo, stored: Tensor) -> Tensor:
         if info.name in chosen:
-            new = edit.space.effective(info.name, edit.tensors(info.name, strength, counter))
+            new = edit.space.effective(info.name, edit.tensors(info.name, strength, counter, own(stored)))
         else:
             new = tuned.tensor(info.name)
         return new.to(info.dtype)
@@ -130,8 +135,9 @@ def _write_dense(
         if progress:
             progress("write", done, len(source.shards))
         if shard.file.name not in staging.done:
-            write_shard(shard, staging.folder / shard.file.name, chosen | merged, transform)
-            staging.record(shard.file.name)
+            file = staging.folder / shard.file.name
+            staging.record(file.name, write_shard(shard, file, chosen | merged, transform))
+    release()
 
 
 def _write_adapter(edit: Edit, strength: float, staging: Staging, counter: ShareCounter) -> None:
@@ -154,8 +160,8 @@ def _write_adapter(edit: Edit, strength: float, staging: Staging, counter: Share
             edited[name] = edit.tensors(name, strength, counter)
         return edited[name].pop(info.name, stored).to(info.dtype)
 
-    write_shard(tuned.shard, staging.folder / WEIGHTS, set(by_key), transform, workers=1)
-    staging.record(WEIGHTS)
+    digest = write_shard(tuned.shard, staging.folder / WEIGHTS, set(by_key), transform, workers=1)
+    staging.record(WEIGHTS, digest)
 
 
 def _grows(edit: Edit, name: str) -> bool:

@@ -16,7 +16,7 @@ itself T is the adapter. For an adapter continued from the reference's adapter o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -66,6 +66,27 @@ def depth(view: View) -> int:
     return 1 + max(layer_of(name) for name in block_matrices(view))
 
 
+class Later(Mapping[str, Tensor]):
+    """One tensor under its name, read when it is asked for: not every step looks at every tensor."""
+
+    def __init__(self, name: str, read: Callable[[], Tensor]) -> None:
+        self._name, self._read = name, read
+        self.read: dict[str, Tensor] = {}  # what has been read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name != self._name:
+            raise KeyError(name)
+        if not self.read:
+            self.read[name] = self._read()
+        return self.read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield self._name
+
+    def __len__(self) -> int:
+        return 1
+
+
 @dataclass(frozen=True)
 class DenseSpace:
     """Edits whole matrices of the (merged) tuned model."""
@@ -80,15 +101,16 @@ class DenseSpace:
         return block_matrices(self.tuned)
 
     def unit(self, name: str) -> Unit:
-        """Read one tensor of every role."""
-        tuned = self.tuned.tensor(name)
-        aligned = tuned if self.aligned is None else self.aligned.tensor(name)
+        """Return one tensor of every role, to be read on first use."""
+        tuned = Later(name, lambda: self.tuned.tensor(name))
+        aligned = self.aligned
+        reference = tuned if aligned is None else Later(name, lambda: aligned.tensor(name))
         return Unit(
             name,
             self.kind,
-            {name: tuned},
-            {name: aligned},
-            tuned.float,
+            tuned,
+            reference,
+            lambda: tuned[name].float(),
             lambda: alignment(self.aligned, self.base, name),
         )
 

@@ -8,16 +8,18 @@ the same command finds the journal, checks that it is its own, and goes on where
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +36,7 @@ Transform = Callable[[TensorInfo, Tensor], Tensor]
 JOURNAL = "resafe-partial.json"
 WORKERS = 2  # one reads while the other computes or writes; more would only hold more memory
 _MARGIN = 1 << 20  # bytes for the small files
+_FLUSH = 64 << 20  # bytes written between two flushes
 _CANNOT_WRITE = frozenset(
     {
         errno.ENOSPC,
@@ -58,9 +61,9 @@ class Staging:
     out: Path
     done: dict[str, str]  # finished weight file -> SHA-256
 
-    def record(self, name: str) -> None:
-        """Note that a weight file is complete and on disk."""
-        self.done[name] = sha256(self.folder / name)
+    def record(self, name: str, digest: str | None = None) -> None:
+        """Note that a weight file is complete and on disk; its SHA-256 is taken where not given."""
+        self.done[name] = digest or sha256(self.folder / name)
         self._save()
 
     def _save(self) -> None:
@@ -164,18 +167,23 @@ def _check_space(out: Path, nbytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < nbytes + _MARGIN:
         raise UserError(
-            f"cannot write {out}: {nbytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+            f"cannot write {out}: {_size(nbytes + _MARGIN)} are needed and {_size(free)} are free; "
             "free space or choose another --out"
         )
 
 
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
 def write_shard(
     source: Shard, target: Path, targets: Collection[str], transform: Transform, workers: int = WORKERS
-) -> None:
+) -> str:
     """Write ``source`` with the tensors in ``targets`` transformed; every other byte stays as it is.
 
     Tensors are read, transformed and written ``workers`` at a time, each at its own offset, so that memory
-    holds a few tensors whatever the shard's size.
+    holds a few tensors whatever the shard's size. Meanwhile the disk takes what is written, and each tensor
+    is hashed, in file order, before it is let go. Returns the SHA-256 of the file.
 
     Raises:
         UserError: a tensor holds NaN or infinity, before or after the transform.
@@ -184,8 +192,9 @@ def write_shard(
         stream.write(source.header)
         os.ftruncate(stream.fileno(), source.nbytes)
         stream.flush()
+        digest = hashlib.sha256(source.header)
 
-        def one(info: TensorInfo) -> None:
+        def one(info: TensorInfo, before: Future[None] | None) -> None:
             tensor = read(info)
             check_finite(tensor, info)
             if info.name in targets:
@@ -193,10 +202,23 @@ def write_shard(
                 if tensor.shape != info.shape or tensor.dtype != info.dtype:
                     raise AssertionError(f"the transform of {info.name} changed its shape or type")
                 check_finite(tensor, info, edited=True)
-            _write_at(stream.fileno(), raw(tensor), info.offset)
+            data = raw(tensor)
+            _write_at(stream.fileno(), data, info.offset)
+            flusher.wrote(len(data))
+            if before is not None:
+                before.result()  # the digest runs over the file in order
+            digest.update(data)
 
-        with ThreadPoolExecutor(workers) as pool:
-            jobs = [pool.submit(one, info) for info in source.tensors.values() if info.nbytes]
+        threads = max(1, torch.get_num_threads() // workers)
+        with (
+            _Flusher(stream.fileno()) as flusher,
+            _threads_kept(),
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,)) as pool,
+        ):
+            jobs: list[Future[None]] = []
+            for info in source.tensors.values():
+                if info.nbytes:
+                    jobs.append(pool.submit(one, info, jobs[-1] if jobs else None))
             try:
                 for job in jobs:
                     job.result()
@@ -205,20 +227,57 @@ def write_shard(
                     job.cancel()
                 wait(jobs)
         os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+class _Flusher:
+    """Sends what was written to the disk while more is being made, so that the final fsync is short."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future[None] | None = None
+        self._waiting = 0
+        self._lock = Lock()
+
+    def wrote(self, nbytes: int) -> None:
+        """Note that so many bytes more are in the page cache."""
+        with self._lock:
+            self._waiting += nbytes
+            if self._waiting >= _FLUSH and (self._running is None or self._running.done()):
+                self._waiting = 0
+                self._running = self._pool.submit(os.fdatasync, self._descriptor)
+
+    def __enter__(self) -> _Flusher:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._pool.shutdown()
+        if self._running is not None and raised[0] is None:
+            self._running.result()  # a disk error is told to one fsync only
+
+
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: one pass for the two extremes, which a NaN becomes both of."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
 
 
 def check_finite(tensor: Tensor, info: TensorInfo, *, edited: bool = False) -> None:
     """Refuse NaN and infinity.
 
-    The sum is one cheap pass and is finite for nearly every healthy tensor; only where it is not
-    are the entries looked at one by one.
-
     Raises:
         UserError: naming the tensor and its file.
     """
-    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-        return
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or all_finite(tensor):
         return
     bad = int((~torch.isfinite(tensor)).sum())
     if bad and edited:

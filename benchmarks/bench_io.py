@@ -1,0 +1,406 @@
+"""Time and memory of a weight edit on disk, against what the disk alone needs.
+
+Two jobs, each in a process of its own that has done its imports before the clock starts:
+
+``interpolate``
+    a sharded bf16 Llama-shaped checkpoint is moved half-way to an aligned one of the same shapes. Beside it
+    a plain copy reads both inputs and writes (and fsyncs) one output, in 16 MiB blocks and a single pass. The
+    two alternate; the ratio is the median over the pairs. ``warm`` finds the inputs in the page cache,
+    ``cold`` finds none of them there. The same is done with hashing switched off, to show what it costs.
+``nlsr``
+    an adapter pair shaped like Llama-3-8B's (r = 128, 224 modules) whose base model is not on this machine,
+    with a neuron set made from synthetic Gram matrices.
+
+    python benchmarks/bench_io.py [--size-gb 4] [--pairs 3] [--job all|interpolate|nlsr] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+BLOCK = 16 << 20
+SHARD = 1_000_000_000
+HIDDEN, KV, FFN, VOCAB = 3072, 1024, 8192, 32000
+EIGHT = {"hidden": 4096, "kv": 1024, "ffn": 14336, "layers": 32}
+RANK = 128
+
+
+def linears(hidden: int, kv: int, ffn: int) -> dict[str, tuple[int, int]]:
+    return {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+
+
+# Inputs --------------------------------------------------------------------------------------------------
+
+
+def llama_shapes(size_gb: float) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a Llama of hidden size 3072 with as many layers as the size needs."""
+    per_layer = 2 * (2 * HIDDEN * HIDDEN + 2 * KV * HIDDEN + 3 * FFN * HIDDEN)
+    layers = max(1, -int(-(size_gb * 1e9 - 4 * VOCAB * HIDDEN) // per_layer))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (HIDDEN,)
+        shapes |= {f"{prefix}{part}.weight": shape for part, shape in linears(HIDDEN, KV, FFN).items()}
+        shapes[prefix + "post_attention_layernorm.weight"] = (HIDDEN,)
+    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+
+
+def make_llama(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> int:
+    """Write a checkpoint in shards of about 1 GB; every seed but 0 is seed 0 with a little noise."""
+    folder.mkdir()
+    weight_map: dict[str, str] = {}
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    held = 0
+    for name, shape in shapes.items():
+        nbytes = 2 * torch.Size(shape).numel()
+        if held and held + nbytes > SHARD:
+            shards.append({})
+            held = 0
+        shards[-1][name] = shape
+        held += nbytes
+    # Random bits are drawn once and shifted per tensor: the edit's cost does not depend on the values.
+    pool = torch.randn(VOCAB * HIDDEN, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+    noise = torch.randn(VOCAB * HIDDEN, generator=torch.Generator().manual_seed(seed)).mul_(0.002)
+    pool = (pool + noise if seed else pool).bfloat16()
+    total = 0
+    for number, part in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for index, (name, shape) in enumerate(part.items()):
+            count = torch.Size(shape).numel()
+            start = (index * 7919) % (pool.numel() - count + 1)
+            tensors[name] = pool[start : start + count].clone().reshape(shape)
+            total += 2 * count
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
+    layers = sum(name.endswith("q_proj.weight") for name in shapes)
+    config = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": HIDDEN}
+    (folder / "config.json").write_text(json.dumps(config))
+    return total
+
+
+def adapter_modules() -> dict[str, tuple[int, int]]:
+    parts = linears(EIGHT["hidden"], EIGHT["kv"], EIGHT["ffn"])
+    return {
+        f"model.layers.{i}.{part}": shape for i in range(EIGHT["layers"]) for part, shape in parts.items()
+    }
+
+
+def make_adapters(aligned: Path, tuned: Path) -> int:
+    """Write an aligned adapter and one tuned from it; the base they name does not exist."""
+    generator = torch.Generator().manual_seed(0)
+    pair: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    for module, (out, width) in adapter_modules().items():
+        for which, shape in (("A", (RANK, width)), ("B", (out, RANK))):
+            key = f"base_model.model.{module}.lora_{which}.weight"
+            value = torch.randn(shape, generator=generator).mul_(0.02)
+            pair[0][key] = value.bfloat16()
+            pair[1][key] = value.add_(torch.randn(shape, generator=generator), alpha=0.005).bfloat16()
+    settings = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "base_model_name_or_path": "./no-such-base",
+        "target_modules": [part.split(".")[-1] for part in linears(1, 1, 1)],
+        "task_type": "CAUSAL_LM",
+    }
+    for folder, tensors in zip((aligned, tuned), pair, strict=True):
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return sum(2 * t.numel() for t in pair[0].values())
+
+
+# What runs in a process of its own -----------------------------------------------------------------------
+
+
+def peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def child_copy(sources: list[str], target: str) -> dict[str, float]:
+    """Read every source once; write and fsync as many bytes as the first half of them holds."""
+    buffer = memoryview(bytearray(BLOCK))
+    files = [sorted(Path(source).glob("*.safetensors")) for source in sources]
+    start = time.perf_counter()
+    for file in (file for group in files for file in group):
+        descriptor = os.open(file, os.O_RDONLY)
+        while os.readv(descriptor, [buffer]):
+            pass
+        os.close(descriptor)
+    read = time.perf_counter() - start
+    Path(target).mkdir()
+    for file in files[0]:
+        left = file.stat().st_size
+        descriptor = os.open(Path(target) / file.name, os.O_WRONLY | os.O_CREAT)
+        while left:
+            left -= os.write(descriptor, buffer[: min(left, BLOCK)])
+        os.fsync(descriptor)
+        os.close(descriptor)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "read": read, "write": seconds - read, "rss": peak_rss()}
+
+
+def child_repair(arguments: dict[str, object], hashing: bool) -> dict[str, object]:
+    """Run one repair; what Python imports on its way is start-up, the rest is the job."""
+    import transformers  # noqa: F401
+
+    from resafe import verbs
+    from resafe.registry import methods
+
+    methods("repair")
+    if not hashing:
+        _without_hashing()
+    start = time.perf_counter()
+    result = verbs.repair(**arguments)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - start
+    assert result.edited_share is not None
+    return {
+        "seconds": seconds,
+        "rss": peak_rss(),
+        "steps": dict(result.seconds),
+        "changed": result.edited_share.changed,
+        "coverage": dict(result.coverage),
+    }
+
+
+def _without_hashing() -> None:
+    class Nothing:
+        def update(self, data: object) -> None:
+            pass
+
+        def hexdigest(self) -> str:
+            return "0" * 64
+
+    import hashlib
+
+    hashlib.sha256 = lambda *data, **options: Nothing()  # type: ignore[assignment,misc]
+    hashlib.file_digest = lambda stream, name: Nothing()  # type: ignore[assignment,misc]
+
+
+def child_neurons(aligned: str, file: str) -> dict[str, object]:
+    """Choose NLSR's neurons of every module from a Gram matrix of random inputs, and save them; one thread."""
+    from resafe.neurons import NeuronSet, Site
+    from resafe.repair.nlsr import NLSR
+    from resafe.weights.adapter import Adapter
+    from resafe.weights.checkpoint import fingerprint
+
+    torch.set_num_threads(1)
+    method = NLSR(share=0.5)
+    start = time.perf_counter()
+    adapter = Adapter.open(Path(aligned))
+    generator = torch.Generator().manual_seed(1)
+    masks = {}
+    for name in adapter.modules:
+        factors = method.amplified(adapter.factors(name))
+        hidden = torch.randn(512, RANK, generator=generator).double() * torch.logspace(0, -2, RANK).double()
+        for which, projected in zip("AB", method.project(factors, hidden.T @ hidden), strict=True):
+            masks[adapter.key(name, which)] = method.largest(projected)
+    neurons = NeuronSet(Site.ENTRY, masks, "nlsr", fingerprint(adapter.files))
+    neurons.save(Path(file))
+    return {"seconds": time.perf_counter() - start, "rss": peak_rss(), "neurons": len(neurons)}
+
+
+CHILDREN = {"copy": child_copy, "repair": child_repair, "neurons": child_neurons}
+
+
+def child(task: str, *arguments: object) -> dict[str, float]:
+    """Run one of the functions above in a fresh process."""
+    command = [sys.executable, __file__, "--child", task, json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+# The measurements ----------------------------------------------------------------------------------------
+
+
+def settle(folders: list[Path], cold: bool) -> None:
+    """Bring everything to disk, and the inputs into the page cache or out of it."""
+    os.sync()
+    for file in (file for folder in folders for file in folder.glob("*.safetensors")):
+        descriptor = os.open(file, os.O_RDONLY)
+        if cold:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            buffer = bytearray(BLOCK)
+            while os.readv(descriptor, [buffer]):
+                pass
+        os.close(descriptor)
+
+
+def bench_interpolate(work: Path, size_gb: float, pairs: int) -> dict[str, object]:
+    shapes = llama_shapes(size_gb)
+    tuned, aligned, out = work / "tuned", work / "aligned", work / "out"
+    nbytes = make_llama(tuned, shapes, 1)
+    make_llama(aligned, shapes, 0)
+    arguments = {
+        "tuned": str(tuned),
+        "aligned": str(aligned),
+        "method": "interpolate",
+        "strength": 0.5,
+        "out": str(out),
+    }
+    largest = max(2 * torch.Size(shape).numel() for shape in shapes.values())
+    runs: dict[str, list[dict[str, object]]] = {"warm": [], "cold": []}
+    for cold in (False, True):
+        for _ in range(pairs):
+            row: dict[str, object] = {}
+            for name, task in (
+                ("copy", ("copy", [str(tuned), str(aligned)], str(out))),
+                ("repair", ("repair", arguments, True)),
+                ("unhashed", ("repair", arguments, False)),
+            ):
+                settle([tuned, aligned], cold)
+                row[name] = child(*task)
+                shutil.rmtree(out)
+            runs["cold" if cold else "warm"].append(row)
+            progress(f"{'cold' if cold else 'warm'} " + one_line(row))
+    summary = {state: summarise(rows) for state, rows in runs.items() if rows}
+    rss = max(row["repair"]["rss"] for rows in runs.values() for row in rows)  # type: ignore[index]
+    return {
+        "input_bytes": 2 * nbytes,
+        "output_bytes": nbytes,
+        "tensors": len(shapes),
+        "peak_rss": rss,
+        "rss_bar": (1 << 30) + 6 * largest,
+        **summary,
+        "runs": runs,
+    }
+
+
+def summarise(rows: list[dict[str, object]]) -> dict[str, object]:
+    def median(name: str, key: str = "seconds") -> float:
+        return statistics.median(row[name][key] for row in rows)  # type: ignore[index]
+
+    def ratio(name: str) -> list[float]:
+        return [row[name]["seconds"] / row["copy"]["seconds"] for row in rows]  # type: ignore[index]
+
+    return {
+        "copy_seconds": median("copy"),
+        "copy_read_seconds": median("copy", "read"),
+        "repair_seconds": median("repair"),
+        "unhashed_seconds": median("unhashed"),
+        "ratio": statistics.median(ratio("repair")),
+        "ratios": ratio("repair"),
+        "ratio_unhashed": statistics.median(ratio("unhashed")),
+    }
+
+
+def one_line(row: dict[str, object]) -> str:
+    return "  ".join(f"{name} {found['seconds']:.2f} s" for name, found in row.items())  # type: ignore[index]
+
+
+def bench_nlsr(work: Path, runs: int) -> dict[str, object]:
+    aligned, tuned, file = work / "aligned-adapter", work / "tuned-adapter", work / "neurons.safetensors"
+    nbytes = make_adapters(aligned, tuned)
+    located = child("neurons", str(aligned), str(file))
+    progress(f"neurons {located['seconds']:.1f} s, {located['rss'] / 1e9:.2f} GB")
+    arguments = {
+        "tuned": str(tuned),
+        "aligned": str(aligned),
+        "method": "nlsr",
+        "strength": 1.0,
+        "neurons": str(file),
+        "parameters": {"share": 0.5},
+        "out": str(work / "out"),
+    }
+    done = []
+    for _ in range(runs):
+        settle([aligned, tuned], cold=False)
+        done.append(child("repair", arguments, True))
+        shutil.rmtree(work / "out")
+        progress(f"nlsr {done[-1]['seconds']:.1f} s, {done[-1]['rss'] / 1e9:.2f} GB")
+    return {
+        "adapter_bytes": nbytes,
+        "modules": len(adapter_modules()),
+        "neurons_seconds": located["seconds"],
+        "neurons_rss": located["rss"],
+        "seconds": statistics.median(run["seconds"] for run in done),
+        "peak_rss": max(run["rss"] for run in done),
+        "runs": done,
+    }
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(found: dict[str, dict[str, object]]) -> str:
+    rows = [("what", "measured", "bar")]
+    edit = found.get("interpolate")
+    if edit:
+        size = f"{edit['output_bytes'] / 1e9:.1f} GB"  # type: ignore[operator]
+        for state in ("warm", "cold"):
+            part = edit[state]
+            assert isinstance(part, dict)
+            rows += [
+                (f"{state}: copy of {size}", f"{part['copy_seconds']:.2f} s", ""),
+                (f"{state}: interpolate", f"{part['repair_seconds']:.2f} s", ""),
+                (f"{state}: ratio", f"{part['ratio']:.2f}", "1.2"),
+                (f"{state}: ratio without hashing", f"{part['ratio_unhashed']:.2f}", ""),
+            ]
+        peak, bar = (f"{edit[key] / 2**30:.2f} GiB" for key in ("peak_rss", "rss_bar"))  # type: ignore[operator]
+        rows.append(("interpolate: peak RSS", peak, bar))
+    nlsr = found.get("nlsr")
+    if nlsr:
+        rows += [
+            ("nlsr: neuron set", f"{nlsr['neurons_seconds']:.1f} s", ""),
+            ("nlsr: neuron set, peak RSS", f"{nlsr['neurons_rss'] / 1e9:.2f} GB", ""),  # type: ignore[operator]
+            ("nlsr: repair", f"{nlsr['seconds']:.1f} s", "60 s"),
+            ("nlsr: peak RSS", f"{nlsr['peak_rss'] / 1e9:.2f} GB", "2 GB"),  # type: ignore[operator]
+        ]
+    return "\n".join(f"{what:<32}{value:>12}{bar:>12}" for what, value, bar in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size-gb", type=float, default=4.0, help="size of the checkpoint")
+    parser.add_argument("--pairs", type=int, default=3, help="how often each measurement is repeated")
+    parser.add_argument("--job", choices=("all", "interpolate", "nlsr"), default="all")
+    parser.add_argument("--work", type=Path, help="folder for the temporary files (about 5 x the size)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(CHILDREN[options.child[0]](*json.loads(options.child[1]))))
+        return
+    found: dict[str, dict[str, object]] = {}
+    for job in ("interpolate", "nlsr"):
+        if options.job in ("all", job):
+            with tempfile.TemporaryDirectory(dir=options.work, prefix="resafe-bench-") as work:
+                if job == "interpolate":
+                    found[job] = bench_interpolate(Path(work), options.size_gb, options.pairs)
+                else:
+                    found[job] = bench_nlsr(Path(work), options.pairs)
+    print(json.dumps(found, indent=2) if options.json else table(found))
+
+
+if __name__ == "__main__":
+    main()
