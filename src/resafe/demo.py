@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from resafe.organism import path
+from resafe.registry import Badge
 from resafe.report.page import compare_page
 from resafe.results import CompareResult, RepairResult
+from resafe.search import value
 from resafe.verbs import compare, repair
 from resafe.weights.writer import check_free
 
@@ -28,6 +30,20 @@ def demo(
     """
     check_free(out)
     compared = compare(path(TUNED), progress=progress)
-    repaired = repair(path(TUNED), out=out, progress=progress)
+    pick = min(compared.rows, key=lambda row: (row.badge == Badge.CONTROL, cost(row)))
+    repaired = repair(
+        path(TUNED),
+        method=str(pick.method),
+        parameters=pick.parameters,
+        strength=pick.strength,
+        out=out,
+        progress=progress,
+    )
     (out / "compare.html").write_text(compare_page(compared), encoding="utf-8")
     return compared, repaired
+
+
+def cost(row: RepairResult) -> float:
+    """Return harmful rate plus lost task on the choosing split, by which the demo picks its method."""
+    assert row.after is not None
+    return value(row.after.harmful_rate) + 1.0 - value(row.after.task_score)

@@ -16,7 +16,7 @@ from resafe.organism import family_of
 FEWEST = 30  # prompts of a kind in a file; fewer cannot be split three ways and still say anything
 SPLIT_SEED = 0
 ORGANISM_CHOOSE = 200
-ORGANISM_REPORT = 400
+ORGANISM_REPORT = 256
 SPLITS = ("locate", "choose", "report")
 
 

@@ -18,7 +18,7 @@ from resafe.registry import Method
 from resafe.report.page import compare_page, compare_rows, percent, share_text
 from resafe.results import CompareResult, RepairResult
 
-_WIDTH = 170  # columns of the widest table
+_WIDTH = 220  # columns of the widest table
 _STEPS = {
     "measure": "measure tuned and reference",
     "locate": "locate neurons",

@@ -107,6 +107,7 @@ class Job:
         seed: seed of every random draw.
         dense_output: whether the result is to be a dense checkpoint.
         note: receives sentences that the user should see.
+        passes: what passes over the prompts found, kept for the next setting of the same method.
     """
 
     tuned: Model
@@ -119,6 +120,7 @@ class Job:
     seed: int = 0
     dense_output: bool = False
     note: Callable[[str], None] = field(default=lambda sentence: None)
+    passes: dict[object, object] = field(default_factory=dict)
 
     def reference(self) -> Model:
         """Return the reference.

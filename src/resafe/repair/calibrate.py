@@ -12,7 +12,7 @@ from resafe.errors import UserError
 from resafe.evaluate.judge import Judge, Verdict
 from resafe.evaluate.prompts import Prompt
 from resafe.model.chat import encode, encode_with_response
-from resafe.model.generate import forward_batches, generate
+from resafe.model.generate import by_length, forward_batches, generate, pad_right, rows_per_batch
 from resafe.model.hooks import block_output, capture, input_of
 from resafe.model.layout import linear_names, read_layout
 from resafe.model.load import LoadedModel
@@ -108,20 +108,21 @@ def last_token_states(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Tensor:
     """Return the residual stream after every block at the last prompt token, float32 (prompts, layers, d)."""
     ids = encode(loaded.tokenizer, prompts)
     layers = len(read_layout(loaded.model))
-    rows: list[Tensor] = []
-    for text in ids:
-        states: dict[int, Tensor] = {}
+    rows: dict[int, Tensor] = {}
+    for chunk in by_length([len(text) for text in ids], rows_per_batch(loaded, None)):
+        tokens, attention, _ = pad_right(loaded, [ids[row] for row in chunk], [0] * len(chunk))
+        last = attention.sum(1) - 1  # (batch,)
+        states: list[Tensor] = []
 
-        def keep(layer: int, into: dict[int, Tensor]) -> Callable[[Tensor], None]:
-            return lambda hidden: into.__setitem__(layer, hidden[0, -1].float().cpu())
+        def keep(hidden: Tensor, last: Tensor = last, into: list[Tensor] = states) -> None:
+            into.append(hidden[torch.arange(len(last)), last].float().cpu())
 
-        with (
-            capture(loaded.model, {block_output(i): keep(i, states) for i in range(layers)}),
-            torch.no_grad(),
-        ):
-            loaded.model(torch.tensor([text], device=loaded.device), use_cache=False, logits_to_keep=1)
-        rows.append(torch.stack([states[layer] for layer in range(layers)]))
-    return torch.stack(rows)
+        sites = {block_output(layer): keep for layer in range(layers)}
+        with capture(loaded.model, sites), torch.no_grad():
+            loaded.model(input_ids=tokens, attention_mask=attention, use_cache=False, logits_to_keep=1)
+        for place, row in enumerate(chunk):
+            rows[row] = torch.stack([state[place] for state in states])
+    return torch.stack([rows[row] for row in range(len(ids))])
 
 
 def input_samples(

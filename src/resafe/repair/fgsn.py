@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ from resafe.registry import Badge, Need, method
 from resafe.repair.base import Job, Kind, Plan, Repair, Target, Unit
 from resafe.repair.calibrate import input_norms, last_token_states, prompts_only, with_responses
 from resafe.repair.controls import parse_band
-from resafe.repair.space import choose_space, depth
+from resafe.repair.space import block_matrices, depth
+from resafe.weights.adapter import Adapter
 from resafe.weights.checkpoint import fingerprint
 from resafe.weights.lowrank import left_singular
 
@@ -74,6 +75,7 @@ class Activity:
         {"q": 1.0, "p": 0.05},
         {"q": 1.0, "p": 0.05, "onset": 0.5, "band_end": "last"},
         {"q": 1.0, "p": 0.05, "band": "75%-100%"},
+        {"q": 1.0, "p": 0.05, "band": "60%-100%"},
         {"q": 1.0, "p": 0.05, "band": "50%-100%"},
         {"q": 1.0, "p": 0.05, "band": "0%-50%"},
     ),
@@ -142,23 +144,26 @@ class FGSN(Repair):
         if job.neurons is not None:
             chosen = _rows(job.neurons, model, self.neuron)
             return Activity({}, {}, range(0), (), chosen, ledger, model)
-        gap: tuple[float, ...] = ()
-        if self.band == "auto":
-            aligned = load(reference.folder, merge=True)
-            gap = layer_gap(last_token_states(aligned, job.benign), last_token_states(aligned, job.harmful))
-            band = safety_band(gap, self.onset, self.band_end)
-        else:
-            band = parse_band(self.band, depth(job.tuned))
-        loaded = load((job.tuned if self.activations == "tuned" else reference).folder, merge=True)
-        names = choose_space(self.kinds(job), job).matrices()
+        gap = _gap(job) if self.band == "auto" else ()
+        band = safety_band(gap, self.onset, self.band_end) if gap else parse_band(self.band, depth(job.tuned))
+        harmful, benign = self._norms(job)
+        return Activity(harmful, benign, band, gap, None, ledger, model)
+
+    def _norms(self, job: Job) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Return the inputs' norms on harmful and on benign prompts, one pass for each."""
+        model = job.tuned if self.activations == "tuned" else job.reference()
         answered = all(prompt.response for prompt in (*job.harmful, *job.benign))
         respond = self.tokens == "response" or (self.tokens == "auto" and answered)
-        texts = [
-            with_responses(loaded, prompts, job.judge) if respond else prompts_only(loaded, prompts)
-            for prompts in (job.harmful, job.benign)
-        ]
-        harmful, benign = (input_norms(loaded, text, names) for text in texts)
-        return Activity(harmful, benign, band, gap, None, ledger, model)
+        key = ("fgsn", model.folder, respond)
+        if key not in job.passes:
+            loaded = load(model.folder, merge=True)
+            names = job.tuned.modules if isinstance(job.tuned, Adapter) else block_matrices(job.tuned)
+            texts = [
+                with_responses(loaded, prompts, job.judge) if respond else prompts_only(loaded, prompts)
+                for prompts in (job.harmful, job.benign)
+            ]
+            job.passes[key] = tuple(input_norms(loaded, text, names) for text in texts)
+        return cast(tuple[Mapping[str, Tensor], Mapping[str, Tensor]], job.passes[key])
 
     def measure(self, unit: Unit, statistics: object) -> Tensor:
         """Return the chosen rows (out,) or entries (out, in) of one matrix."""
@@ -226,6 +231,18 @@ class FGSN(Repair):
                 self.dim
             ]
         return d @ (d.T @ t) / divisor if divisor else torch.zeros_like(t)
+
+
+def _gap(job: Job) -> tuple[float, ...]:
+    """Return the reference's gap per layer, from one pass over harmful and benign prompts."""
+    key = ("gap", job.reference().folder)
+    if key not in job.passes:
+        aligned = load(job.reference().folder, merge=True)
+        states = (last_token_states(aligned, prompts) for prompts in (job.benign, job.harmful))
+        job.passes[key] = layer_gap(*states)
+    gap = job.passes[key]
+    assert isinstance(gap, tuple)
+    return gap
 
 
 def top_share(score: Tensor, share: float) -> Tensor:
