@@ -139,7 +139,12 @@ def make_adapters(aligned: Path, tuned: Path) -> int:
 
 
 def peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return this program's own peak; ``getrusage`` would count what the parent held when it started us."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def child_copy(sources: list[str], target: str) -> dict[str, float]:

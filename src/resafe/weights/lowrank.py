@@ -24,6 +24,7 @@ def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
 
 def cosine(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
     """Return the cosine of ``b1 @ a1`` and ``b2 @ a2`` as flat vectors, or 1.0 if either is zero."""
+    b1, a1, b2, a2 = b1.double(), a1.double(), b2.double(), a2.double()  # once, for all three products
     square: float = inner(b1, a1, b1, a1) * inner(b2, a2, b2, a2)
     if square <= 0.0:
         return 1.0
