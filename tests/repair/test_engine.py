@@ -187,6 +187,20 @@ def test_the_grown_adapter_keeps_what_peft_needs(root: Path, tmp_path: Path) -> 
     assert ranks == {name: expected_rank(name) for name in ranks}
 
 
+@pytest.mark.parametrize("method", ["reset", "random"])
+def test_adapters_of_different_scales(root: Path, tmp_path: Path, method: str) -> None:
+    adapter(tmp_path / "aligned", root / "base", noise(1, 0.2), lora_alpha=8)
+    adapter(tmp_path / "tuned", root / "base", noise(2, 0.1, tmp_path / "aligned"), lora_alpha=20)
+    edit = edited(job(tmp_path, "tuned", "aligned", None), method, **METHODS[method])
+    assert isinstance(edit.space, RowSpace)
+    written(edit, tmp_path / "out")
+    after, reference, before = (effective(tmp_path / name) for name in ("out", "aligned", "tuned"))
+    for name in edit.units:
+        rows = (after[name] - reference[name]).abs().amax(1) < 2e-6
+        assert int(rows.sum()) == round((1.0 if method == "reset" else 0.4) * len(rows))
+        torch.testing.assert_close(after[name][~rows], before[name][~rows], rtol=0, atol=2e-6)
+
+
 def expected_rank(name: str) -> int:
     own = 2 if "q_proj" in name else 4
     return own if ".0." in name else 2 * own

@@ -52,6 +52,7 @@ PLAIN = {
         "use_rslora": True,
     },
     "the first of two patterns": {"rank_pattern": {"mlp.up_proj": 2, "up_proj": 5}},
+    "a pattern matches whole names": {"rank_pattern": {"proj": 2, "p_proj": 3}, "alpha_pattern": {"proj": 1}},
     "some modules only": {"target_modules": ["q_proj", "down_proj"]},
     "some layers only": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
     "whole modules saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},

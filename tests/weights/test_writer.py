@@ -298,6 +298,39 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     assert contents(tuned) | contents(aligned) == before
 
 
+@pytest.mark.parametrize("call", ["rename", "replace", "unlink", "rmdir", "fsync"])
+def test_killed_at_every_step(tmp_path: Path, call: str) -> None:
+    """Killed before each call that names, removes or syncs a file: the folder is there whole or not at all."""
+    save_file({"w": torch.ones(4)}, tmp_path / "a.safetensors")
+    source, out = Shard.open(tmp_path / "a.safetensors"), tmp_path / "out"
+    real = getattr(os, call)
+
+    def run(step: int) -> None:
+        calls = iter(range(1000))
+
+        def deadly(*arguments: object, **more: object) -> object:
+            if next(calls) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **more)
+
+        setattr(os, call, deadly)
+        out.mkdir(exist_ok=True)
+        with staged(out, "k", source.nbytes) as staging:
+            write_shard(source, staging.folder / "a", (), lambda info, tensor: tensor)
+            staging.record("a")
+            write_json(staging.folder / "b.json", {})
+
+    for step in range(100):
+        code = wait_for(fork(lambda step=step: run(step), tmp_path)[0])
+        whole = set(contents(out)) == {"a", "b.json"} if out.exists() else False
+        assert whole or not out.exists() or not any(out.iterdir())
+        if code == 0:
+            break
+        shutil.rmtree(out, ignore_errors=True)
+    assert step > 0
+    assert whole
+
+
 def sums(files: dict[str, str]) -> dict[str, str]:
     """Leave out the two records, which tell the time."""
     assert {"resafe.json", "report.html"} <= set(files)
