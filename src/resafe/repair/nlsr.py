@@ -79,7 +79,12 @@ class Regions:
     paper="https://arxiv.org/abs/2412.12497",
     needs=frozenset({Need.ALIGNED, Need.HARMFUL}),
     strengths=(0.8, 1.0),
-    variants=({}, {"share": 1.0}, {"share": 1.0, "sparsity": 0.7}),
+    variants=(
+        {},
+        {"share": 1.0},
+        {"share": 1.0, "amplify": "per-factor"},
+        {"share": 1.0, "sparsity": 0.7},
+    ),
 )
 @dataclass(frozen=True)
 class NLSR(Repair):
