@@ -32,7 +32,6 @@ from resafe.repair.base import Job, Kind, Plan, Repair, Target, Unit
 from resafe.repair.calibrate import input_norms, last_token_states, prompts_only, with_responses
 from resafe.repair.controls import parse_band
 from resafe.repair.space import block_matrices, depth
-from resafe.weights.adapter import Adapter
 from resafe.weights.checkpoint import fingerprint
 from resafe.weights.lowrank import left_singular
 
@@ -157,7 +156,7 @@ class FGSN(Repair):
         key = ("fgsn", model.folder, respond)
         if key not in job.passes:
             loaded = load(model.folder, merge=True)
-            names = job.tuned.modules if isinstance(job.tuned, Adapter) else block_matrices(job.tuned)
+            names = block_matrices(job.tuned)  # all of them: a merged result is edited in whole matrices
             texts = [
                 with_responses(loaded, prompts, job.judge) if respond else prompts_only(loaded, prompts)
                 for prompts in (job.harmful, job.benign)
