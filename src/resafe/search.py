@@ -142,24 +142,19 @@ def try_methods(
     is the only one.
     """
     plan = [(m, p) for m in methods for p in options(m, parameters, strength)]
-    total = sum(len(m.strengths if strength is None else (strength,)) for m, _ in plan)
     trials: list[Trial] = []
-    done = 0
-    for method, settings in plan:
-        strengths = method.strengths if strength is None else (strength,)
+    for done, (method, settings) in enumerate(plan):
+        if progress:
+            progress("repair", done, len(plan))
         try:
             edit = plan_edit(method, settings, job)
         except UserError as error:
             if len(methods) == 1:
                 raise
             job.note(f"{method.name} {settings or ''} stepped aside: {error}")
-            done += len(strengths)
             continue
-        for s in strengths:
+        for s in edit.repair.strengths(method.strengths) if strength is None else (strength,):
             trials.append(_measure(trial_model, edit, s, prompts, baselines, bounds))
-            done += 1
-            if progress:
-                progress("repair", done, total)
     return trials
 
 

@@ -140,6 +140,10 @@ class Repair(ABC):
         """Return the spaces the method can work in, best first."""
         return (Kind.DENSE,) if job.dense_output else (Kind.ROWS, Kind.DENSE)
 
+    def strengths(self, offered: Sequence[float]) -> Sequence[float]:
+        """Return which of the registered strengths a search may try with these parameters."""
+        return offered
+
     def names(self, matrices: Sequence[str], everything: Sequence[str]) -> Sequence[str]:
         """Return which tensors the method edits, out of the block matrices and of all tensors."""
         return matrices

@@ -167,6 +167,11 @@ class FGSN(Repair):
     def measure(self, unit: Unit, statistics: object) -> Tensor:
         """Return the chosen rows (out,) or entries (out, in) of one matrix."""
         assert isinstance(statistics, Activity)
+        edited = statistics.ledger.get(unit.name)
+        mask = self._chosen(unit, statistics)
+        return mask if edited is None else mask & ~edited
+
+    def _chosen(self, unit: Unit, statistics: Activity) -> Tensor:
         if statistics.chosen is not None:
             if unit.name not in statistics.chosen:
                 raise UserError(f"the neuron set lacks {unit.name}; find the neurons of this model again")
@@ -176,9 +181,7 @@ class FGSN(Repair):
         harmful = self._score(w * statistics.harmful[unit.name])
         if q == 0.0 or (self.tau is not None and self._cosine(unit) > self.tau):
             return torch.zeros(harmful.shape, dtype=torch.bool)
-        mask = top_share(harmful, q) & ~top_share(self._score(w * statistics.benign[unit.name]), self.p)
-        edited = statistics.ledger.get(unit.name)
-        return mask if edited is None else mask & ~edited
+        return top_share(harmful, q) & ~top_share(self._score(w * statistics.benign[unit.name]), self.p)
 
     def _aligned_weight(self, unit: Unit) -> Tensor:
         if unit.kind is Kind.DENSE:

@@ -147,6 +147,10 @@ class NLSR(Repair):
         if not 0.0 < self.share <= 1.0:
             raise UserError(f"nlsr: share must be above 0 and at most 1, not {self.share:g}")
 
+    def strengths(self, offered: Sequence[float]) -> Sequence[float]:
+        """Return strength 1 alone where the rank grows: there is nothing between."""
+        return (1.0,) if self.transplant == "exact" else offered
+
     # Step 1 ------------------------------------------------------------------------------------------
 
     def amplified(self, factors: Factors) -> Factors:
