@@ -48,9 +48,8 @@ def test_a_third_party_method_repairs(tmp_path: Path) -> None:
         torch.set_num_threads(1)
         import resafe
         from resafe.organism import path
-        result = resafe.repair(
-            path("tuned-fresh-lora"), method="trim", parameters={{"share": "0.5"}}, strength=1.0, out={str(tmp_path / "out")!r}
-        )
+        tuned, out = path("tuned-fresh-lora"), {str(tmp_path / "out")!r}
+        result = resafe.repair(tuned, method="trim", parameters={{"share": "0.5"}}, strength=1.0, out=out)
         assert result.method == "trim" and result.edited_share.changed > 0
         assert set(result.controls) == {{"random", "reset", "interpolate"}}
         """

@@ -47,7 +47,7 @@ def name_of(key: str) -> tuple[str, str]:
     return match[1] + ".weight", match[2]
 
 
-@pytest.mark.parametrize(("arch",), files(r"(\w+)\.amplified_adapter\.safetensors"))
+@pytest.mark.parametrize("arch", [arch for (arch,) in files(r"(\w+)\.amplified_adapter\.safetensors")])
 def test_amplification(arch: str) -> None:
     expected = load_file(FOLDER / f"{arch}.amplified_adapter.safetensors")
     aligned = adapter(arch, "aligned_adapter")
@@ -125,7 +125,9 @@ def test_selection_and_transplant(arch: str, seed: str) -> None:
     compare(arch, f"bernoulli_seed{seed}", space, method, found, plan.units)
 
 
-def compare(arch: str, case: str, space: FactorSpace, method: NLSR, found: Regions, chosen: frozenset) -> None:
+def compare(
+    arch: str, case: str, space: FactorSpace, method: NLSR, found: Regions, chosen: frozenset
+) -> None:
     expected = load_file(FOLDER / f"{arch}.realigned.{case}.safetensors")
     plan = method.decide(dict.fromkeys(space.matrices(), 0.5), found)
     for name in space.matrices():
@@ -137,14 +139,14 @@ def compare(arch: str, case: str, space: FactorSpace, method: NLSR, found: Regio
             torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("arch",), files(r"(\w+)\.realigned\.all\.safetensors"))
+@pytest.mark.parametrize("arch", [arch for (arch,) in files(r"(\w+)\.realigned\.all\.safetensors")])
 def test_every_module(arch: str) -> None:
     space, found = regions(arch)
     method = published(arch, selection="lowest", share=1.0)
     compare(arch, "all", space, method, found, frozenset(space.matrices()))
 
 
-@pytest.mark.parametrize(("arch",), files(r"(\w+)\.realigned\.mask_replace\.safetensors"))
+@pytest.mark.parametrize("arch", [arch for (arch,) in files(r"(\w+)\.realigned\.mask_replace\.safetensors")])
 def test_threshold(arch: str) -> None:
     run = DESCRIPTION["runs"][f"{arch}.realign.mask_replace"]
     space, found = regions(arch)
