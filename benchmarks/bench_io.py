@@ -210,7 +210,7 @@ def _without_hashing() -> None:
 def child_neurons(aligned: str, file: str) -> dict[str, object]:
     """Choose NLSR's neurons of every module from a Gram matrix of random inputs, and save them; one thread."""
     from resafe.neurons import NeuronSet, Site
-    from resafe.repair.nlsr import NLSR
+    from resafe.repairing.nlsr import NLSR
     from resafe.weights.adapter import Adapter
     from resafe.weights.checkpoint import fingerprint
 

@@ -18,8 +18,8 @@ from resafe.neurons import layer_of
 from resafe.organism import path
 from resafe.protocol import protocol
 from resafe.registry import get, methods
-from resafe.repair.base import Job
-from resafe.repair.engine import plan_edit
+from resafe.repairing.base import Job
+from resafe.repairing.engine import plan_edit
 from resafe.roles import assign
 from resafe.weights.adapter import Adapter
 from resafe.weights.lowrank import inner, norm

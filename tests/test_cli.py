@@ -244,7 +244,7 @@ def test_ctrl_c_says_that_nothing_is_lost(tmp_path: Path, root: Path) -> None:
     arguments = [str(a) for a in small(tmp_path, root)]
     code = (
         "import sys, resafe.verbs, resafe.cli\n"
-        "from resafe.repair import output\n"
+        "from resafe.repairing import output\n"
         "def stop(*a, **k): raise KeyboardInterrupt\n"
         "output._copy_others = stop\n"
         f"sys.argv = ['resafe', *{arguments!r}]\n"

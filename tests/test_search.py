@@ -9,7 +9,7 @@ from resafe.errors import UserError
 from resafe.evaluate.measure import Answers, Measurement
 from resafe.evaluate.stats import wilson
 from resafe.registry import get
-from resafe.repair.engine import EditedShare
+from resafe.repairing.engine import EditedShare
 from resafe.search import Bounds, Trial, best, options, reaches
 
 N = 200

@@ -15,8 +15,8 @@ from resafe.evaluate.judge import Judge
 from resafe.evaluate.measure import Measurement, PromptSets, measure
 from resafe.model.chat import encode_with_response
 from resafe.model.load import LoadedModel, load
-from resafe.repair.base import Model
-from resafe.repair.engine import Edit
+from resafe.repairing.base import Model
+from resafe.repairing.engine import Edit
 from resafe.weights.adapter import Adapter
 
 _TINY = 20_000_000  # parameters

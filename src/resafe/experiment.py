@@ -15,9 +15,9 @@ from resafe.evaluate.measure import Measurement
 from resafe.neurons import NeuronSet
 from resafe.protocol import Protocol, protocol
 from resafe.registry import Badge, Method, get
-from resafe.repair.base import Job, Model
-from resafe.repair.engine import Edit, plan_edit
-from resafe.repair.output import Format
+from resafe.repairing.base import Job, Model
+from resafe.repairing.engine import Edit, plan_edit
+from resafe.repairing.output import Format
 from resafe.results import Outcome, RepairResult, TriedPoint
 from resafe.roles import Roles, assign
 from resafe.search import Bounds, Trial, best, try_methods

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import zip_longest
 
-from resafe.repair.base import Model
+from resafe.repairing.base import Model
 from resafe.report.page import page
 from resafe.results import RepairResult
 from resafe.weights.checkpoint import sha256

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from resafe.evaluate.measure import Measurement
-from resafe.repair.engine import EditedShare
+from resafe.repairing.engine import EditedShare
 
 
 class Outcome(StrEnum):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from resafe.errors import UserError
-from resafe.repair.base import Model
-from resafe.repair.space import block_matrices
+from resafe.repairing.base import Model
+from resafe.repairing.space import block_matrices
 from resafe.weights.adapter import Adapter, open_model
 from resafe.weights.checkpoint import Checkpoint, fingerprint
 from resafe.weights.shard import read_rows

@@ -11,8 +11,8 @@ from resafe.evaluate.damage import Reference
 from resafe.evaluate.measure import Measurement, PromptSets
 from resafe.evaluate.stats import Rate, overlap, paired_difference
 from resafe.registry import Badge, Method
-from resafe.repair.base import Job
-from resafe.repair.engine import Edit, EditedShare, plan_edit
+from resafe.repairing.base import Job
+from resafe.repairing.engine import Edit, EditedShare, plan_edit
 
 Progress = Callable[[str, int, int], None]
 

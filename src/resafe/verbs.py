@@ -27,9 +27,9 @@ from resafe.experiment import (
 from resafe.model.load import load
 from resafe.protocol import everything
 from resafe.registry import Badge, Method, get, methods
-from resafe.repair.base import Model
-from resafe.repair.engine import Edit, EditedShare
-from resafe.repair.output import Format, output_kind, write
+from resafe.repairing.base import Model
+from resafe.repairing.engine import Edit, EditedShare
+from resafe.repairing.output import Format, output_kind, write
 from resafe.results import CompareResult, Outcome, RepairResult
 from resafe.roles import Roles
 from resafe.search import Bounds, Trial

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from resafe.model.load import LoadedModel
-from resafe.repair.base import blend
-from resafe.repair.calibrate import Calibration, get_weight, set_weight
-from resafe.repair.nlsr import NLSR, Regions, _module_order
-from resafe.repair.space import FactorSpace
+from resafe.repairing.base import blend
+from resafe.repairing.calibrate import Calibration, get_weight, set_weight
+from resafe.repairing.nlsr import NLSR, Regions, _module_order
+from resafe.repairing.space import FactorSpace
 from resafe.weights.adapter import Adapter
 
 from .conftest import GOLDEN

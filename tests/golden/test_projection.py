@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from resafe.repair.base import Unit, blend
-from resafe.repair.fgsn import FGSN, Activity
-from resafe.repair.space import RowSpace
+from resafe.repairing.base import Unit, blend
+from resafe.repairing.fgsn import FGSN, Activity
+from resafe.repairing.space import RowSpace
 from resafe.weights.adapter import Adapter
 from resafe.weights.checkpoint import Checkpoint
 

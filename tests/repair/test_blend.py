@@ -6,7 +6,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from resafe.errors import UserError
-from resafe.repair.base import Target, blend
+from resafe.repairing.base import Target, blend
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16]
 NUMBERS = st.floats(-1000, 1000, width=32)

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from resafe.errors import UserError
-from resafe.repair.base import Kind, Plan, Target, Unit
-from resafe.repair.engine import Edit
-from resafe.repair.output import output_kind
-from resafe.repair.space import DenseSpace, FactorSpace, RowSpace
+from resafe.repairing.base import Kind, Plan, Target, Unit
+from resafe.repairing.engine import Edit
+from resafe.repairing.output import output_kind
+from resafe.repairing.space import DenseSpace, FactorSpace, RowSpace
 from resafe.weights.adapter import WEIGHTS, Adapter, open_model
 from resafe.weights.checkpoint import Checkpoint
 from tests.conftest import contents

@@ -8,8 +8,8 @@ import torch
 
 from resafe.errors import UserError
 from resafe.neurons import NeuronSet
-from resafe.repair.fgsn import FGSN, Activity, layer_gap, safety_band, top_share
-from resafe.repair.space import DenseSpace, RowSpace
+from resafe.repairing.fgsn import FGSN, Activity, layer_gap, safety_band, top_share
+from resafe.repairing.space import DenseSpace, RowSpace
 from resafe.weights.adapter import Adapter
 from resafe.weights.checkpoint import Checkpoint
 from tests.conftest import contents

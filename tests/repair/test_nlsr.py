@@ -14,10 +14,10 @@ from resafe.errors import UserError
 from resafe.model.chat import encode_with_response
 from resafe.model.load import LoadedModel, load
 from resafe.neurons import NeuronSet
-from resafe.repair.calibrate import set_weight
-from resafe.repair.engine import Edit
-from resafe.repair.nlsr import NLSR, Regions, common_basis
-from resafe.repair.space import DenseSpace, FactorSpace
+from resafe.repairing.calibrate import set_weight
+from resafe.repairing.engine import Edit
+from resafe.repairing.nlsr import NLSR, Regions, common_basis
+from resafe.repairing.space import DenseSpace, FactorSpace
 from resafe.weights.adapter import WEIGHTS, Adapter
 from tests.conftest import contents
 

@@ -1,7 +1,7 @@
 """A search tries an edit only at strengths at which it exists."""
 
 from resafe.registry import get
-from resafe.repair.base import Repair
+from resafe.repairing.base import Repair
 
 
 def test_a_grown_rank_is_tried_at_full_strength_only() -> None:

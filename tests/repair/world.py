@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from resafe.evaluate.prompts import Prompt
 from resafe.registry import get
-from resafe.repair.base import Job
-from resafe.repair.engine import Edit, plan_edit
-from resafe.repair.output import Format, Written, write
+from resafe.repairing.base import Job
+from resafe.repairing.engine import Edit, plan_edit
+from resafe.repairing.output import Format, Written, write
 from resafe.weights.adapter import WEIGHTS, Adapter, open_model
 from tests.model import tiny
 

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from resafe import verbs
 from resafe.errors import UserError
 from resafe.registry import get
-from resafe.repair.base import Job, Plan, Target, Unit
-from resafe.repair.controls import RandomNeurons
-from resafe.repair.engine import plan_edit
-from resafe.repair.output import write
+from resafe.repairing.base import Job, Plan, Target, Unit
+from resafe.repairing.controls import RandomNeurons
+from resafe.repairing.engine import plan_edit
+from resafe.repairing.output import write
 from resafe.weights.adapter import open_model
 from resafe.weights.checkpoint import Checkpoint
 from resafe.weights.shard import Shard, TensorInfo

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from resafe.evaluate.measure import Measurement
 from resafe.evaluate.stats import Rate
 from resafe.registry import get
-from resafe.repair.engine import EditedShare
+from resafe.repairing.engine import EditedShare
 from resafe.results import CompareResult, Outcome, RepairResult
 
 _SENTENCES = {

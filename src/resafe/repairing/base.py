@@ -1,7 +1,7 @@
 """What a weight edit is: measure each matrix, decide over all of them, edit each matrix.
 
 A method sees one *unit* at a time: the tensors that one matrix of the model owns on disk. Which tensors
-these are depends on the space the edit works in (see :mod:`resafe.repair.space`): the matrix itself, the
+these are depends on the space the edit works in (see :mod:`resafe.repairing.space`): the matrix itself, the
 left factor of a LoRA delta, or both LoRA factors. ``edit`` returns targets, the values at strength 1;
 the engine interpolates, ``W <- W + strength · mask · (target - W)``, so that another strength is another
 multiplication and not another run.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from resafe.errors import UserError
 from resafe.registry import Method
-from resafe.repair.base import Job, Kind, Plan, Repair, Unit, blend
-from resafe.repair.space import AnySpace, DenseSpace, FactorSpace, Later, OwnSpace, RowSpace, choose_space
+from resafe.repairing.base import Job, Kind, Plan, Repair, Unit, blend
+from resafe.repairing.space import AnySpace, DenseSpace, FactorSpace, Later, OwnSpace, RowSpace, choose_space
 from resafe.weights.adapter import Adapter
 from resafe.weights.shard import EDITABLE, read
 from resafe.weights.writer import all_finite, check_finite

@@ -10,8 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from resafe.errors import UserError
-from resafe.repair.engine import Edit, EditedShare, ShareCounter
-from resafe.repair.space import AnySpace, DenseSpace, FactorSpace, RowSpace
+from resafe.repairing.engine import Edit, EditedShare, ShareCounter
+from resafe.repairing.space import AnySpace, DenseSpace, FactorSpace, RowSpace
 from resafe.weights.adapter import WEIGHTS, Adapter, Factors
 from resafe.weights.checkpoint import ADAPTER_CONFIG, INDEX, Checkpoint, travelling_files
 from resafe.weights.shard import Shard, TensorInfo, read, release

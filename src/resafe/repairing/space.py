@@ -27,7 +27,7 @@ from torch import Tensor
 from resafe.errors import UserError
 from resafe.model.layout import ATTENTION, FEED_FORWARD
 from resafe.neurons import layer_of
-from resafe.repair.base import Job, Kind, Model, Unit
+from resafe.repairing.base import Job, Kind, Model, Unit
 from resafe.weights.adapter import Adapter, Factors
 from resafe.weights.checkpoint import Checkpoint, View
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from resafe.errors import UserError
 from resafe.neurons import layer_of, shuffled
 from resafe.registry import Badge, Need, get, method
-from resafe.repair.base import Job, Plan, Repair, Target, Unit
-from resafe.repair.space import AnySpace, OwnSpace, choose_space
+from resafe.repairing.base import Job, Plan, Repair, Target, Unit
+from resafe.repairing.space import AnySpace, OwnSpace, choose_space
 
 
 @method(

@@ -1,5 +1,5 @@
 """Repair methods. Importing this package registers all of them."""
 
-from resafe.repair import controls, fgsn, nlsr
+from resafe.repairing import controls, fgsn, nlsr
 
 __all__ = ["controls", "fgsn", "nlsr"]

@@ -32,9 +32,16 @@ from resafe.errors import UserError
 from resafe.model.load import LoadedModel, load
 from resafe.neurons import NeuronSet, Site, layer_of
 from resafe.registry import Badge, Need, method
-from resafe.repair.base import Job, Kind, Plan, Repair, Target, Unit
-from resafe.repair.calibrate import Calibration, get_weight, grams, input_samples, set_weight, with_responses
-from resafe.repair.space import (
+from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
+from resafe.repairing.calibrate import (
+    Calibration,
+    get_weight,
+    grams,
+    input_samples,
+    set_weight,
+    with_responses,
+)
+from resafe.repairing.space import (
     PARTS,
     AnySpace,
     DenseSpace,

@@ -28,10 +28,10 @@ from resafe.errors import UserError
 from resafe.model.load import load
 from resafe.neurons import NeuronSet, Site, layer_of
 from resafe.registry import Badge, Need, method
-from resafe.repair.base import Job, Kind, Plan, Repair, Target, Unit
-from resafe.repair.calibrate import input_norms, last_token_states, prompts_only, with_responses
-from resafe.repair.controls import parse_band
-from resafe.repair.space import block_matrices, depth
+from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
+from resafe.repairing.calibrate import input_norms, last_token_states, prompts_only, with_responses
+from resafe.repairing.controls import parse_band
+from resafe.repairing.space import block_matrices, depth
 from resafe.weights.checkpoint import fingerprint
 from resafe.weights.lowrank import left_singular
 
