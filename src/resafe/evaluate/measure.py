@@ -121,9 +121,9 @@ def measure(
         loaded: the model.
         prompts: the sets; at least one prompt in all.
         judge: reads the answers to harmful and benign prompts.
-        max_new_tokens: the most tokens of an answer. By default, for each set: the longest reference response
-            plus 8 where every prompt has one, else 64; for harmful and benign prompts no more than 64, as
-            judging needs no more; and never more than the model's context leaves room for.
+        max_new_tokens: the most tokens of an answer. By default 64 for harmful and benign prompts, as judging
+            needs no more; for task and ability the longest response plus 8; and never more than the model's
+            context leaves room for.
         batch_size: prompts in a batch (default: see `resafe.model.generate.generate`).
         progress: called with (answered, total) over all sets.
 
@@ -200,14 +200,14 @@ def new_tokens(loaded: LoadedModel, prompts: Sequence[Prompt], most: int | None)
     Args:
         loaded: the model.
         prompts: one set.
-        most: the most that are ever wanted, or None where an answer cut short could not be right.
+        most: what is enough to judge an answer, whatever the wanted response (a short refusal says nothing
+            about how long an answer is); None where an answer cut short could not be right.
     """
-    wanted = DEFAULT_NEW_TOKENS
+    wanted = DEFAULT_NEW_TOKENS if most is None else most
     responses = [prompt.response for prompt in prompts if prompt.response is not None]
-    if len(responses) == len(prompts):
+    if most is None and len(responses) == len(prompts):
         lengths = [len(row) for row in loaded.tokenizer(responses, add_special_tokens=False)["input_ids"]]
         wanted = max(lengths) + MARGIN
-        wanted = wanted if most is None else min(wanted, most)
     context = context_length(loaded)
     if context is None:
         return wanted
