@@ -81,6 +81,8 @@ def begin(
     roles = assign(tuned, aligned, base)
     prompts = protocol(_config(roles.tuned), files["harmful"], files["benign"], files["task"])
     notes: list[str] = []
+    if roles.aligned is not None and aligned is None:
+        notes.append(f"the reference was taken {roles.found}; override with --aligned")
     given = None if neurons is None else NeuronSet.load(Path(neurons))
     job = Job(
         roles.tuned,

@@ -84,7 +84,7 @@ def _front_matter(card: Path) -> str:
 
 
 def _beside(folder: Path, ref: str) -> str | Path:
-    return folder / ref if (folder / ref).is_dir() else ref
+    return (folder / ref).resolve() if (folder / ref).is_dir() else ref
 
 
 def _open_base(ref: str | Path) -> Checkpoint:

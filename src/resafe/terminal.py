@@ -15,7 +15,7 @@ from rich.table import Table
 from resafe.evaluate.measure import Measurement
 from resafe.evaluate.stats import Rate
 from resafe.registry import Method
-from resafe.report.page import compare_page, compare_rows, percent, share_text
+from resafe.report.page import compare_page, compare_rows, coverage_text, percent, settings_text, share_text
 from resafe.results import CompareResult, RepairResult
 
 _WIDTH = 220  # columns of the widest table
@@ -96,9 +96,9 @@ class Screen:
             self._say("held out", f"{result.prompts}; judge {result.judge}; {result.evaluations} evaluations")
             self._out.print(_table(_repair_rows(result)))
         if result.method is not None:
-            setting = " ".join(f"{k}={v}" for k, v in result.parameters.items())
+            setting = settings_text(result.parameters)
             self._say("method", f"{result.method} {setting} strength {result.strength:g} ({result.badge})")
-            self._say("covered", ", ".join(f"{k} {v}" for k, v in result.coverage.items()))
+            self._say("covered", coverage_text(result.coverage))
             self._say(
                 "edited", f"{share_text(result.edited_share)} (of the model / of the targeted matrices)"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -43,12 +43,28 @@ def share_text(share: EditedShare | None) -> str:
     return "–" if share is None else f"{100 * share.model:.2f} / {100 * share.targeted:.2f} %"
 
 
+def coverage_text(coverage: Mapping[str, object]) -> str:
+    """Return counts as ``56/56 matrices, 14 edited, 1896 of 7936 neurons, in rows``."""
+    parts = [
+        f"{coverage['matrices']}/{coverage['matrices_of']} matrices",
+        f"{coverage['edited_matrices']} edited",
+    ]
+    if "neurons" in coverage:
+        parts.append(f"{coverage['neurons']:,} of {coverage['neurons_of']:,} neurons")
+    return ", ".join([*parts, f"space: {coverage['space']}"])
+
+
+def settings_text(parameters: Mapping[str, object]) -> str:
+    """Return parameters as ``key=value key=value``."""
+    return " ".join(f"{key}={value}" for key, value in parameters.items())
+
+
 def page(result: RepairResult) -> str:
     """Render the report of a repair."""
     paper = None if result.method is None else get(result.method, "repair").paper
     tried = [
         (
-            f"{p.method} {_settings(p.parameters)} × {p.strength:g}",
+            f"{p.method} {settings_text(p.parameters)} × {p.strength:g}",
             p.found,
             p.damage,
             p.share,
@@ -80,7 +96,7 @@ def compare_rows(result: CompareResult) -> Sequence[Row]:
     for row in result.rows:
         if row.held_out is None:
             continue
-        name = f"{row.method} {_settings(row.parameters)} × {row.strength:g} ({row.badge})"
+        name = f"{row.method} {settings_text(row.parameters)} × {row.strength:g} ({row.badge})"
         rows.append(Row(name, row.held_out, row.damage, row.edited_share))
         rows += [Row(f"  ↳ {control}", found) for control, found in row.controls.items()]
     return rows
@@ -96,15 +112,16 @@ def _held_out_rows(result: RepairResult) -> Sequence[Row]:
     return rows + [Row(f"control: {name}", found) for name, found in result.controls.items()]
 
 
-def _settings(parameters: object) -> str:
-    return " ".join(f"{k}={v}" for k, v in parameters.items()) if isinstance(parameters, dict) else ""
-
-
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("resafe.report"),
         autoescape=select_autoescape(["j2", "html"]),
         undefined=StrictUndefined,
     )
-    environment.filters |= {"percent": percent, "share": share_text}
+    environment.filters |= {
+        "percent": percent,
+        "share": share_text,
+        "coverage": coverage_text,
+        "settings": settings_text,
+    }
     return environment
