@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from threading import Lock
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from resafe.errors import UserError
 from resafe.registry import Method
-from resafe.repairing.base import Job, Kind, Plan, Repair, Unit, blend
+from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit, blend
 from resafe.repairing.space import AnySpace, DenseSpace, FactorSpace, Later, OwnSpace, RowSpace, choose_space
 from resafe.weights.adapter import Adapter
 from resafe.weights.shard import EDITABLE, read
@@ -53,6 +54,9 @@ class EditedShare:
         }
 
 
+_SMALL = 20_000_000  # entries of a model whose edits may be kept whole
+
+
 @dataclass(frozen=True)
 class Edit:
     """A decided edit, ready to be applied at any strength."""
@@ -65,6 +69,21 @@ class Edit:
     plan: Plan
     statistics: object
     job: Job
+    _kept: dict[str, tuple[Unit, dict[str, Target]]] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def _small(self) -> bool:
+        """Whether all targets may stay in memory, so that trying another strength computes nothing again."""
+        return model_entries(self.space) < _SMALL
+
+    def _targets(self, name: str) -> tuple[Unit, dict[str, Target]]:
+        if name in self._kept:
+            return self._kept[name]
+        unit = self.space.unit(name)
+        found = unit, self.repair.edit(unit, self.plan, self.statistics)
+        if self._small:
+            self._kept[name] = found
+        return found
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -86,10 +105,11 @@ class Edit:
             counter: counts what changes.
             stored: the tuned tensor in the space ``dense``, where it has been read already.
         """
-        unit = self.space.unit(name)
-        if stored is not None:
-            unit = replace(unit, tuned={name: stored}, weight=stored.float)
-        targets = self.repair.edit(unit, self.plan, self.statistics)
+        if stored is None:
+            unit, targets = self._targets(name)
+        else:
+            unit = replace(self.space.unit(name), tuned={name: stored}, weight=stored.float)
+            targets = self.repair.edit(unit, self.plan, self.statistics)
         new = {key: blend(unit.tuned[key], target, strength) for key, target in targets.items()}
         if counter is not None:
             counter.add(self.space, unit, new)
