@@ -91,7 +91,7 @@ def table(name: str, comparisons: list[dict[str, object]]) -> str:
     for label in per_seed[0]:
         rows = [lines.get(label, {}) for lines in per_seed]
         cells = [span([r.get(rate) for r in rows]) for rate in RATES]
-        cells += [span([r.get("damage") for r in rows], 4)]
+        cells += [span([r.get("damage") for r in rows], 5)]
         cells += [span([r.get(key) for r in rows]) for key in ("model", "targeted")]
         settings = "; ".join(str(r["setting"]) for r in rows if "setting" in r)
         shown = f"**{label}**" if ":" not in label else f"↳ {label.split(': ')[1]}"
