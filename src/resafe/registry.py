@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
+from functools import cache
 from importlib.metadata import entry_points
 
 from resafe.errors import UserError, nearest
@@ -130,10 +131,15 @@ def method(
     return register
 
 
-def methods(verb: str | None = None) -> dict[str, Method]:
-    """Return all registered methods by name, optionally those of one verb."""
+@cache
+def _load_entry_points() -> None:
     for entry in entry_points(group=GROUP):
         entry.load()
+
+
+def methods(verb: str | None = None) -> dict[str, Method]:
+    """Return all registered methods by name, optionally those of one verb."""
+    _load_entry_points()
     return {n: m for n, m in sorted(_METHODS.items()) if verb in (None, m.verb)}
 
 

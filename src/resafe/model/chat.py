@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -42,17 +43,30 @@ def encode(
     Raises:
         UserError: for a prompt without tokens or with more than ``limit``, naming its number.
     """
-    texts = [prompt if isinstance(prompt, str) else prompt.prompt for prompt in prompts]
+    texts = tuple(prompt if isinstance(prompt, str) else prompt.prompt for prompt in prompts)
+    return [
+        _checked(list(row), number, limit) for number, row in enumerate(_encoded(tokenizer, texts), start=1)
+    ]
+
+
+@lru_cache(maxsize=32)
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, template: str, texts: tuple[str, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Encode texts; a search asks the same prompts of one model again and again.
+
+    The template is there to be part of what a cached answer belongs to.
+    """
     if not texts:
-        return []
+        return ()
     if template_kind(tokenizer) == "chat":
         turns = [[{"role": "user", "content": text}] for text in texts]
         ids = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=True, return_dict=True, enable_thinking=False
         )["input_ids"]
     else:
-        ids = [_without_end(tokenizer, row) for row in tokenizer(texts)["input_ids"]]
-    return [_checked(list(row), number, limit) for number, row in enumerate(ids, start=1)]
+        ids = [_without_end(tokenizer, row) for row in tokenizer(list(texts))["input_ids"]]
+    return tuple(tuple(row) for row in ids)
 
 
 def encode_with_response(
