@@ -44,9 +44,8 @@ def encode(
         UserError: for a prompt without tokens or with more than ``limit``, naming its number.
     """
     texts = tuple(prompt if isinstance(prompt, str) else prompt.prompt for prompt in prompts)
-    return [
-        _checked(list(row), number, limit) for number, row in enumerate(_encoded(tokenizer, texts), start=1)
-    ]
+    encoded = _encoded(tokenizer, str(tokenizer.chat_template), texts)
+    return [_checked(list(row), number, limit) for number, row in enumerate(encoded, start=1)]
 
 
 @lru_cache(maxsize=32)
