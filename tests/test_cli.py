@@ -211,7 +211,7 @@ def test_strength_0_is_byte_identical(tmp_path: Path, root: Path, command: Comma
 def test_the_text_says_what_was_done(tmp_path: Path, root: Path, command: Command) -> None:
     done = command(*small(tmp_path, root), cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
-    for words in ("random  strength 0.5 (control)", "matrices 21", "verdict", "written", "tuned-repaired"):
+    for words in ("random strength 0.5 (control)", "21/21 matrices", "verdict", "written", "tuned-repaired"):
         assert words in done.out
 
 

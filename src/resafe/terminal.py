@@ -96,8 +96,9 @@ class Screen:
             self._say("held out", f"{result.prompts}; judge {result.judge}; {result.evaluations} evaluations")
             self._out.print(_table(_repair_rows(result)))
         if result.method is not None:
-            setting = settings_text(result.parameters)
-            self._say("method", f"{result.method} {setting} strength {result.strength:g} ({result.badge})")
+            words = [result.method, settings_text(result.parameters), f"strength {result.strength:g}"]
+            words.append(f"({result.badge})")
+            self._say("method", " ".join(filter(None, words)))
             self._say("covered", coverage_text(result.coverage))
             self._say(
                 "edited", f"{share_text(result.edited_share)} (of the model / of the targeted matrices)"
