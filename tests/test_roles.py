@@ -167,3 +167,16 @@ def test_bf16_and_float32_of_one_model_are_parent_and_child(root: Path, tmp_path
     file = tmp_path / "aligned" / "model.safetensors"
     save_file({n: t.to(torch.bfloat16) for n, t in load_file(file).items()}, file)
     assert assign(root / "tuned", tmp_path / "aligned").aligned is not None
+
+
+def test_a_repaired_adapter_still_finds_its_base_when_its_card_has_travelled(tmp_path: Path) -> None:
+    tuned = copied(
+        organism.path("tuned-fresh-lora"), tmp_path / "tuned", "---\nbase_model: ../aligned\n---\n"
+    )
+    settings = json.loads((tuned / "adapter_config.json").read_text())
+    base = str(organism.path("aligned"))
+    (tuned / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+    roles = assign(tuned)
+    assert roles.aligned is not None
+    assert roles.aligned.folder.samefile(base)
+    assert roles.found == "from adapter_config.json"

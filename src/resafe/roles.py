@@ -59,7 +59,8 @@ def find_parent(model: Model) -> tuple[Model | None, str]:
     """Look up the model that ``model`` was tuned from.
 
     In this order: ``base_model`` in its model card, the base named by its adapter settings, and
-    ``_name_or_path`` in its config.
+    ``_name_or_path`` in its config. An adapter's card is passed over where it only repeats the adapter's base, or
+    names a path that is not here since the card has travelled: the adapter's settings still name its base.
 
     Raises:
         UserError: a parent is named that cannot be opened.
@@ -67,13 +68,22 @@ def find_parent(model: Model) -> tuple[Model | None, str]:
     card = model.folder / "README.md"
     match = _CARD_BASE.search(_front_matter(card)) if card.is_file() else None
     if match:
-        return open_model(_beside(model.folder, match[1])), "from its model card"
+        ref = _beside(model.folder, match[1])
+        if not (isinstance(model, Adapter) and _repeats_or_travelled(model, ref)):
+            return open_model(ref), "from its model card"
     if isinstance(model, Adapter):
         return model.base, "from adapter_config.json"
     named = model.config.get("_name_or_path")
     if isinstance(named, str) and named:
         return open_model(_beside(model.folder, named)), "from config.json"
     return None, "not found"
+
+
+def _repeats_or_travelled(adapter: Adapter, ref: str | Path) -> bool:
+    if not isinstance(ref, str):
+        return False
+    path = ref.startswith((".", "/", "~")) and not Path(ref).is_dir()
+    return path or ref == adapter.settings.get("base_model_name_or_path")
 
 
 def _front_matter(card: Path) -> str:
