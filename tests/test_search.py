@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import resafe
 from resafe.errors import UserError
 from resafe.evaluate.measure import Answers, Measurement
 from resafe.evaluate.stats import wilson
+from resafe.organism import path
 from resafe.registry import get
 from resafe.repairing.engine import EditedShare
 from resafe.search import Bounds, Trial, best, options, reaches
@@ -125,3 +127,9 @@ def test_what_the_user_fixed_is_all_that_is_tried() -> None:
     assert len(options(method, {}, None)) > 1
     assert options(method, {"share": 0.2}, None) == [{"share": 0.2}]
     assert options(method, {}, 0.5) == [{}]
+
+
+def test_a_reference_that_is_not_aligned_is_questioned() -> None:
+    result = resafe.repair(path("aligned"), dry_run=True)
+    assert result.verdict == "nothing to repair"
+    assert any("give that with --aligned" in note for note in result.notes)
