@@ -103,7 +103,7 @@ def test_sets_of_another_model_or_site_do_not_mix(different: dict[str, object]) 
         lambda: one - other,
         lambda: one.jaccard(other),
     ):
-        with pytest.raises(UserError, match="different models or sites"):
+        with pytest.raises(UserError, match="different (models|sites)"):
             combine()
 
 
@@ -151,13 +151,16 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    assert [layer_of(n) for n in [*NAMES, "lm_head.weight", "layers.3.x", "players.3.x"]] == [
+    assert [
+        layer_of(n) for n in [*NAMES, "lm_head.weight", "layers.3.x", "transformer.h.3.mlp", "layer.5"]
+    ] == [
         0,
         1,
         11,
         -1,
         3,
-        -1,
+        3,
+        5,
     ]
     assert expert_of("model.layers.1.mlp.experts.7.up_proj.weight") == 7
     assert expert_of(NAMES[0]) is None
