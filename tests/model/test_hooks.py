@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import pytest
@@ -11,18 +11,48 @@ from torch import Tensor, nn
 
 from resafe.errors import UserError
 from resafe.model import hooks
-from resafe.model.hooks import Recorder, block_output, capture, input_of, output_of, patch, scale, silence
+from resafe.model.hooks import (
+    block_input,
+    block_output,
+    capture,
+    capture_neurons,
+    input_of,
+    output_of,
+    patch,
+    scale,
+    silence,
+)
 from resafe.model.layout import read_layout
 
 from . import tiny
 
 IDS = torch.tensor([[1, 4, 9, 11, 12, 5], [1, 4, 20, 21, 22, 5]])
-CHOSEN = {0: torch.tensor([0, 5, 23]), 2: torch.tensor([7])}
+
+
+def part(layer: int) -> str:
+    return f"model.layers.{layer}.mlp"
+
+
+def mask(*index: int) -> Tensor:
+    return torch.zeros(tiny.WIDTH, dtype=torch.bool).index_fill(
+        0, torch.tensor(index, dtype=torch.long), True
+    )
+
+
+def factors(index: Sequence[int], factor: float | Tensor) -> Tensor:
+    row = torch.ones(tiny.WIDTH)
+    row[list(index)] = factor
+    return row
+
+
+INDEX = {0: [0, 5, 23], 2: [7]}
+CHOSEN = {part(layer): mask(*index) for layer, index in INDEX.items()}
 EDITS: dict[str, Callable[[nn.Module], AbstractContextManager[object]]] = {
     "silence": lambda model: silence(model, CHOSEN),
-    "scale": lambda model: scale(model, {0: (torch.tensor([1, 2]), 0.5)}),
-    "patch": lambda model: patch(model, {1: (torch.tensor([3]), 2.0)}),
+    "scale": lambda model: scale(model, {part(0): factors([1, 2], 0.5)}),
+    "patch": lambda model: patch(model, {part(1): mask(3)}, {part(1): torch.full((tiny.WIDTH,), 2.0)}),
     "capture": lambda model: capture(model, {block_output(0): lambda value: None}),
+    "capture neurons": lambda model: capture_neurons(model, [(part(0), "gate")], lambda seen: None),
 }
 
 
@@ -42,7 +72,7 @@ def test_silencing_equals_zeroing_the_neurons_weights(family: str) -> None:
     with silence(model, CHOSEN):
         hooked = logits(model)
     assert (hooked - plain).abs().max() > 1e-2
-    for layer, index in CHOSEN.items():
+    for layer, index in INDEX.items():
         mlp = model.model.layers[layer].mlp
         mlp.gate_proj.weight[index] = 0
         mlp.up_proj.weight[index] = 0
@@ -55,18 +85,18 @@ def test_silencing_beside_an_adapter_equals_zeroing_in_the_merged_model() -> Non
     with silence(wrapped, CHOSEN):
         hooked = logits(wrapped)
     merged = wrapped.merge_and_unload()
-    for layer, index in CHOSEN.items():
+    for layer, index in INDEX.items():
         merged.model.layers[layer].mlp.down_proj.weight[:, index] = 0
     torch.testing.assert_close(hooked, logits(merged), rtol=1e-4, atol=1e-4)
 
 
 def test_scaling_equals_scaling_columns_of_down() -> None:
     model = tiny.build()
-    factors = torch.tensor([0.5, -1.0, 3.0])
-    with scale(model, {0: (CHOSEN[0], factors), 2: (CHOSEN[2], 1.7)}):
+    three = torch.tensor([0.5, -1.0, 3.0])
+    with scale(model, {part(0): factors(INDEX[0], three), part(2): factors(INDEX[2], 1.7)}):
         hooked = logits(model)
-    model.model.layers[0].mlp.down_proj.weight[:, CHOSEN[0]] *= factors
-    model.model.layers[2].mlp.down_proj.weight[:, CHOSEN[2]] *= 1.7
+    model.model.layers[0].mlp.down_proj.weight[:, INDEX[0]] *= three
+    model.model.layers[2].mlp.down_proj.weight[:, INDEX[2]] *= 1.7
     torch.testing.assert_close(hooked, logits(model), rtol=0, atol=1e-5)
 
 
@@ -78,35 +108,59 @@ def test_scaling_equals_scaling_columns_of_down() -> None:
 )
 def test_the_algebra_of_scaling(neurons: set[int], layer: int, factor: float) -> None:
     model = tiny.build()
-    index = torch.tensor(sorted(neurons))
+    index, name = sorted(neurons), part(layer)
     plain = logits(model)
-    with scale(model, {layer: (index, factor)}), scale(model, {layer: (index, 1 / factor)}):
+    with scale(model, {name: factors(index, factor)}), scale(model, {name: factors(index, 1 / factor)}):
         assert torch.equal(logits(model), plain)  # powers of two are exact
-    with scale(model, {layer: (index, 0.0)}):
+    with scale(model, {name: factors(index, 0.0)}):
         scaled = logits(model)
-    with silence(model, {layer: index}):
+    with silence(model, {name: mask(*index)}):
         assert torch.equal(logits(model), scaled)
-    with patch(model, {layer: (index, 0.0)}):
+    with patch(model, {name: mask(*index)}, {name: torch.zeros(tiny.WIDTH)}):
         assert torch.equal(logits(model), scaled)
 
 
 def test_patching_in_a_neurons_own_values_changes_nothing_and_other_values_do() -> None:
     model = tiny.build()
     plain, seen = logits(model), []
-    down = "model.layers.1.mlp.down_proj.weight"
-    index = torch.tensor([3, 9])
-    with capture(model, {input_of(down): lambda value: seen.append(value.clone())}):
+    name, index = part(1), [3, 9]
+    with capture_neurons(model, [(name, "ffn")], lambda s: seen.append(s.values.clone())):
         logits(model)
-    with patch(model, {1: (index, seen[0][..., index])}):
+    with patch(model, {name: mask(*index)}, {name: seen[0]}):
         assert torch.equal(logits(model), plain)
+    new = factors(index, torch.tensor([1.5, -2.0]))
     with (
-        patch(model, {1: (index, torch.tensor([1.5, -2.0]))}),
-        capture(model, {input_of(down): lambda value: seen.append(value.clone())}),
+        patch(model, {name: mask(*index)}, {name: new}),
+        capture_neurons(model, [(name, "ffn")], lambda s: seen.append(s.values.clone())),
     ):
         assert not torch.allclose(logits(model), plain)
     assert torch.equal(seen[1][..., index], torch.tensor([1.5, -2.0]).expand(2, 6, 2))
-    others = [i for i in range(tiny.WIDTH) if i not in (3, 9)]
+    others = [i for i in range(tiny.WIDTH) if i not in index]
     assert torch.equal(seen[1][..., others], seen[0][..., others])
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_what_is_seen_of_a_part_is_what_its_maps_compute(wrap: bool) -> None:
+    model = tiny.adapt(tiny.build()) if wrap else tiny.build()
+    seen: dict[str, Tensor] = {}
+    places = [(part(1), where) for where in ("input", "gate", "up", "ffn")]
+    with capture_neurons(model, places, lambda s: seen.__setitem__(s.where, s.values)), torch.no_grad():
+        model(IDS)
+    mlp = (model.get_base_model() if wrap else model).model.layers[1].mlp
+    with torch.no_grad():
+        torch.testing.assert_close(seen["gate"], mlp.gate_proj(seen["input"]))
+        torch.testing.assert_close(seen["up"], mlp.up_proj(seen["input"]))
+    torch.testing.assert_close(seen["ffn"], mlp.act_fn(seen["gate"]) * seen["up"])
+
+
+def test_what_enters_a_block_is_what_the_one_before_it_left() -> None:
+    model, seen = tiny.build(), {}
+    sites = {
+        site: lambda v, site=site: seen.__setitem__(site, v) for site in (block_output(0), block_input(1))
+    }
+    with capture(model, sites):
+        logits(model)
+    assert torch.equal(seen[block_output(0)], seen[block_input(1)])
 
 
 @pytest.mark.parametrize("wrap", [False, True])
@@ -149,15 +203,15 @@ def test_a_site_that_never_ran_is_known() -> None:
 def test_captured_activations_carry_gradients() -> None:
     model = tiny.build().requires_grad_(True)
     seen: list[Tensor] = []
-    with capture(model, {input_of("model.layers.0.mlp.down_proj.weight"): seen.append}):
+    with capture_neurons(model, [(part(0), "ffn")], lambda s: seen.append(s.values)):
         loss = model(IDS).logits.sum()
     (gradient,) = torch.autograd.grad(loss, seen)
     assert gradient.abs().sum() > 0
 
 
 def test_a_module_that_returns_a_tuple_is_seen_by_its_first_part() -> None:
-    module, site, seen = nn.GRU(4, 3), block_output(0), []
-    handle = hooks._observe(module, site, seen.append, Recorder({site: 0}))
+    module, seen = nn.GRU(4, 3), []
+    handle = hooks._after(module, seen.append)
     output, _ = module(torch.ones(2, 1, 4))
     handle.remove()
     assert torch.equal(seen[0], output)
@@ -197,7 +251,7 @@ def test_nested_edits_come_off_one_by_one() -> None:
     plain = logits(model)
     with silence(model, CHOSEN):
         outer = logits(model)
-        with silence(model, {1: torch.arange(tiny.WIDTH)}):
+        with silence(model, {part(1): torch.ones(tiny.WIDTH, dtype=torch.bool)}):
             assert not torch.allclose(logits(model), outer)
         assert torch.equal(logits(model), outer)
     assert torch.equal(logits(model), plain)
@@ -205,22 +259,18 @@ def test_nested_edits_come_off_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("neurons", "error", "words"),
+    ("name", "operand", "error", "words"),
     [
-        ({9: torch.tensor([0])}, UserError, "no layer 9"),
-        ({0: torch.tensor([tiny.WIDTH])}, UserError, "neurons 0 to 23, not 24"),
-        ({0: torch.tensor([-1])}, UserError, "not -1"),
-        ({0: torch.tensor([1, 1])}, ValueError, "twice"),
-        ({0: torch.tensor([1.0])}, ValueError, "integer"),
-        ({0: torch.tensor([True])}, ValueError, "integer"),
-        ({0: torch.tensor([[1]])}, ValueError, "flat"),
+        ("model.layers.9.mlp", mask(0), UserError, r"no feed-forward part.*did you mean 'model\.layers"),
+        (part(0), torch.ones(tiny.WIDTH + 1, dtype=torch.bool), UserError, r"shape \(24,\), not \(25,\)"),
+        (part(0), torch.ones(tiny.WIDTH), ValueError, "mask"),
     ],
 )
 def test_neurons_that_are_not_there_are_refused(
-    neurons: dict[int, Tensor], error: type[Exception], words: str
+    name: str, operand: Tensor, error: type[Exception], words: str
 ) -> None:
     model = tiny.build()
-    with pytest.raises(error, match=words), silence(model, {1: torch.tensor([0]), **neurons}):
+    with pytest.raises(error, match=words), silence(model, {part(1): mask(0), name: operand}):
         pass
     assert count_hooks(model) == 0
 
@@ -233,14 +283,18 @@ def test_a_misspelt_site_is_answered_with_the_nearest() -> None:
         pass
 
 
-@pytest.mark.parametrize("edit", [scale, patch])
-def test_values_that_do_not_fit_are_refused(edit: Callable[..., AbstractContextManager[None]]) -> None:
-    with pytest.raises(ValueError), edit(tiny.build(), {0: (torch.tensor([1, 2]), torch.ones(3))}):
+def test_values_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match="shape"), scale(tiny.build(), {part(0): torch.ones(3)}):
+        pass
+    with (
+        pytest.raises(UserError, match="shape"),
+        patch(tiny.build(), {part(0): mask(1)}, {part(0): torch.ones(3)}),
+    ):
         pass
 
 
 def test_silencing_nobody_changes_nothing() -> None:
     model = tiny.build()
     plain = logits(model)
-    with silence(model, {0: torch.tensor([])}):
+    with silence(model, {part(0): mask()}):
         assert torch.equal(logits(model), plain)

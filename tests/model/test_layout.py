@@ -22,9 +22,14 @@ def test_the_names_are_all_matrices_of_the_blocks_in_the_checkpoint(folders: Pat
     matrices = {name: shape for name, shape in stored.items() if len(shape) == 2}
     layout = read_layout(tiny.build(family))
     assert {name: linear.shape for name, linear in layout.linears.items()} == matrices
-    assert layout.coverage.matrices == len(matrices) == 7 * tiny.LAYERS
-    assert layout.coverage.neurons == tiny.LAYERS * tiny.WIDTH
-    assert layout.widths == (tiny.WIDTH,) * tiny.LAYERS
+    assert len(matrices) == 7 * tiny.LAYERS
+    assert layout.coverage.to_dict() == {
+        "layers": tiny.LAYERS,
+        "parts": tiny.LAYERS,
+        "experts": 0,
+        "matrices": 3 * tiny.LAYERS,
+        "neurons": tiny.LAYERS * tiny.WIDTH,
+    }
 
 
 def test_blocks_are_in_order_and_hold_their_modules() -> None:
@@ -33,14 +38,22 @@ def test_blocks_are_in_order_and_hold_their_modules() -> None:
     for index, block in enumerate(layout):
         assert block.index == index
         assert block.module is model.model.layers[index]
-        assert block.down.module is model.model.layers[index].mlp.down_proj
-        assert block.gate.name == f"model.layers.{index}.mlp.gate_proj.weight"
-        assert [linear.name.split(".")[-2] for linear in block.attention] == [
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-        ]
+        (part,) = block.parts
+        assert (part.name, part.layer, part.shape) == (f"model.layers.{index}.mlp", index, (tiny.WIDTH,))
+        assert part.down.module is model.model.layers[index].mlp.down_proj
+        assert part.gate is not None
+        assert part.gate.weight == f"model.layers.{index}.mlp.gate_proj.weight"
+    assert layout.parts == tuple(part for block in layout for part in block.parts)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_neurons_column_is_what_down_writes_for_it_alone(wrap: bool) -> None:
+    model = tiny.adapt(tiny.build()) if wrap else tiny.build()
+    for part in read_layout(model).parts:
+        with torch.no_grad():
+            written = part.down.module(torch.eye(tiny.WIDTH))
+        torch.testing.assert_close(part.down_columns(), written)
+        torch.testing.assert_close(part.down_norms(), written.norm(dim=1))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["down_proj", "gate_proj"]])
@@ -58,7 +71,7 @@ def test_a_layer_that_is_not_there_is_named() -> None:
         read_layout(tiny.build())[7]
 
 
-@pytest.mark.parametrize(("config", "named"), [(Phi3Config, "gate_up_proj"), (MixtralConfig, "experts")])
+@pytest.mark.parametrize(("config", "named"), [(Phi3Config, "gate_up_proj"), (MixtralConfig, "mlp")])
 def test_other_blocks_are_refused_by_name(config: type, named: str) -> None:
     sizes = {key: value for key, value in tiny.config("llama").to_dict().items() if key.endswith("_size")}
     settings = config(
@@ -70,20 +83,20 @@ def test_other_blocks_are_refused_by_name(config: type, named: str) -> None:
         num_local_experts=2,
     )
     model = AutoModelForCausalLM.from_config(settings)
-    with pytest.raises(UserError, match=rf"model\.layers\.0 of {type(model).__name__}.*{named}"):
-        read_layout(model)
+    with pytest.raises(UserError, match=named):
+        _ = read_layout(model).linears
 
 
-def test_a_model_without_a_list_of_layers_is_refused() -> None:
+def test_blocks_of_another_kind_have_no_llama_names() -> None:
     model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20))
-    with pytest.raises(UserError, match="GPT2LMHeadModel"):
-        read_layout(model)
+    with pytest.raises(UserError, match="of GPT2LMHeadModel holds"):
+        _ = read_layout(model).linears
 
 
 def test_one_strange_matrix_in_one_block_is_refused() -> None:
     model = tiny.build()
     model.model.layers[1].mlp.extra = nn.Linear(4, 4)
-    with pytest.raises(UserError, match=r"model\.layers\.1 .*mlp\.extra"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.extra"):
         read_layout(model)
 
 
@@ -91,7 +104,7 @@ def test_a_missing_matrix_is_refused() -> None:
     model = tiny.build()
     del model.model.layers[2].mlp.gate_proj
     with pytest.raises(UserError, match=r"model\.layers\.2 .*no mlp\.gate_proj"):
-        read_layout(model)
+        _ = read_layout(model).linears
 
 
 def test_a_known_name_on_a_module_of_another_kind_is_refused() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,24 +15,25 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from resafe.errors import UserError, nearest
-from resafe.model.layout import Layout, read_layout
+from resafe.model.layout import FeedForward, Layout, read_layout
 
 Callback = Callable[[Tensor], None]
 """Called with an activation (batch, sequence, features) on the model's device, with its gradient history."""
-Edit = Callable[[Tensor], Tensor]
+Where = Literal["input", "gate", "up", "ffn"]
+_FFN: Where = "ffn"
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place to look at: the input or output of a linear map, or what a block leaves in the residual stream.
+    """A place to look at: the input or output of a linear map, or the residual stream around a block.
 
     Attributes:
-        where: which tensor.
-        name: the checkpoint's weight name for ``input`` and ``output``; empty for ``block``.
-        layer: the layer's index for ``block``; -1 otherwise.
+        where: which tensor; ``entry`` is what enters a block and ``block`` what it leaves.
+        name: the checkpoint's weight name for ``input`` and ``output``; empty otherwise.
+        layer: the layer's index for ``entry`` and ``block``; -1 otherwise.
     """
 
-    where: Literal["input", "output", "block"]
+    where: Literal["input", "output", "entry", "block"]
     name: str = ""
     layer: int = -1
 
@@ -45,6 +46,11 @@ def input_of(name: str) -> Site:
 def output_of(name: str) -> Site:
     """Name the output of the linear map whose checkpoint weight name is ``name``."""
     return Site("output", name=name)
+
+
+def block_input(layer: int) -> Site:
+    """Name the residual stream before block ``layer``."""
+    return Site("entry", layer=layer)
 
 
 def block_output(layer: int) -> Site:
@@ -84,114 +90,187 @@ def capture(model: PreTrainedModel | PeftModel, sites: Mapping[Site, Callback]) 
             handle.remove()
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a callback receives: activations of one part, with their gradient history.
+
+    Attributes:
+        part: the part.
+        where: ``input``: the hidden states that enter it; ``gate``, ``up``: the maps' outputs before any
+            activation function; ``ffn``: the neurons, which are the input of down.
+        values: (batch, sequence, features); of a routed expert (n, features), the n tokens routed to it.
+        expert: which routed expert; None for a dense part.
+        tokens: of a routed expert the positions ``b * sequence + t`` of those tokens, (n,); otherwise None.
+    """
+
+    part: FeedForward
+    where: Where
+    values: Tensor
+    expert: int | None = None
+    tokens: Tensor | None = None
+
+
+Tap = Callable[[Seen], Tensor | None]
+
+
 @contextmanager
-def silence(model: PreTrainedModel | PeftModel, neurons: Mapping[int, Tensor]) -> Iterator[None]:
-    """Hold the activation of ``neurons[layer]`` (indices) at zero, as if their columns of down were zero."""
+def capture_neurons(
+    model: PreTrainedModel | PeftModel,
+    parts: Iterable[tuple[str, Where]],
+    see: Callable[[Seen], None],
+) -> Iterator[None]:
+    """Call ``see`` with the activations at each named part on every forward pass; nothing is stored.
+
+    Raises:
+        UserError: when the model has no such part, or a part has no gate to look at.
+    """
     layout = read_layout(model)
-    edits: dict[int, Edit] = {}
-    for layer, index in neurons.items():
-        chosen = _indices(layout, layer, index)
-        edits[layer] = partial(_zero, chosen)
-    with _edit_neurons(layout, edits):
+
+    def look(seen: Seen) -> None:
+        see(seen)
+
+    with _tapped(layout, [(_with_gate(layout.part(name), where), where, look) for name, where in parts]):
         yield
 
 
 @contextmanager
-def scale(
-    model: PreTrainedModel | PeftModel, factors: Mapping[int, tuple[Tensor, Tensor | float]]
-) -> Iterator[None]:
-    """Multiply neurons' activations: ``factors[layer]`` is (indices, one factor or one for each index)."""
-    layout = read_layout(model)
-    edits: dict[int, Edit] = {}
-    for layer, (index, factor) in factors.items():
-        chosen = _indices(layout, layer, index)
-        row = torch.ones(layout[layer].width)  # (width,)
-        row[chosen] = _for_each(factor, chosen, layer)
-        edits[layer] = partial(_times, row)
-    with _edit_neurons(layout, edits):
+def silence(model: PreTrainedModel | PeftModel, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Hold neurons at zero, as if their columns of down were: ``masks[part name]`` is bool, of its shape."""
+    with _edited(
+        model, masks, lambda mask, values: values.masked_fill(mask.to(values.device), 0), torch.bool
+    ):
+        yield
+
+
+@contextmanager
+def scale(model: PreTrainedModel | PeftModel, factors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Multiply neurons by ``factors[part name]``, of the part's shape."""
+    with _edited(model, factors, lambda factor, values: values * factor.to(values)):
         yield
 
 
 @contextmanager
 def patch(
-    model: PreTrainedModel | PeftModel, values: Mapping[int, tuple[Tensor, Tensor | float]]
+    model: PreTrainedModel | PeftModel, masks: Mapping[str, Tensor], values: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Replace neurons' activations: ``values[layer]`` is (indices, values).
+    """Replace the neurons in ``masks[part name]`` (bool) by ``values[part name]``, of the part's shape.
 
-    The values are one number, one for each index, or (batch, sequence, indices), and are broadcast.
+    Of a dense part the values may also be (batch, sequence, width): another value at each position.
     """
     layout = read_layout(model)
-    edits: dict[int, Edit] = {}
-    for layer, (index, value) in values.items():
-        chosen = _indices(layout, layer, index)
-        new = torch.as_tensor(value)
-        if new.ndim > 0 and new.shape[-1] not in (1, len(chosen)):
-            raise ValueError(f"layer {layer}: {new.shape[-1]} values for {len(chosen)} neurons")
-        edits[layer] = partial(_replace, chosen, new)
-    with _edit_neurons(layout, edits):
+    taps = []
+    for name, mask in masks.items():
+        part, new = layout.part(name), values[name]
+        _check_shape(part, mask, torch.bool)
+        if part.experts is not None or new.ndim <= 1:
+            _check_shape(part, new)
+        taps.append((part, _FFN, partial(_replace, mask, new)))
+    with _tapped(layout, taps):
         yield
 
 
 @contextmanager
-def _edit_neurons(layout: Layout, edits: Mapping[int, Edit]) -> Iterator[None]:
-    """Pass the input of down_proj through ``edits[layer]``."""
+def _edited(
+    model: PreTrainedModel | PeftModel,
+    operands: Mapping[str, Tensor],
+    edit: Callable[[Tensor, Tensor], Tensor],
+    dtype: torch.dtype | None = None,
+) -> Iterator[None]:
+    """Pass the neurons of each part through ``edit`` with its operand (an expert's row of it)."""
+    layout = read_layout(model)
+    taps = []
+    for name, operand in operands.items():
+        part = layout.part(name)
+        _check_shape(part, operand, dtype)
+        taps.append((part, _FFN, partial(_apply, edit, operand)))
+    with _tapped(layout, taps):
+        yield
+
+
+def _apply(edit: Callable[[Tensor, Tensor], Tensor], operand: Tensor, seen: Seen) -> Tensor:
+    return edit(operand if seen.expert is None else operand[seen.expert], seen.values)
+
+
+def _replace(mask: Tensor, new: Tensor, seen: Seen) -> Tensor:
+    chosen, value = (mask, new) if seen.expert is None else (mask[seen.expert], new[seen.expert])
+    return torch.where(chosen.to(seen.values.device), value.to(seen.values), seen.values)
+
+
+def _check_shape(part: FeedForward, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+    if tuple(tensor.shape) != part.shape:
+        raise UserError(
+            f"{part.name} has neurons of shape {part.shape}, not {tuple(tensor.shape)}: "
+            "was the neuron set made for another model?"
+        )
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{part.name}: a mask must be {dtype}, not {tensor.dtype}")
+
+
+def _with_gate(part: FeedForward, where: Where) -> FeedForward:
+    if where == "gate" and not part.gated:
+        raise UserError(f"{part.name} has no gate: look at up or ffn instead")
+    return part
+
+
+@contextmanager
+def _tapped(layout: Layout, taps: Iterable[tuple[FeedForward, Where, Tap]]) -> Iterator[None]:
+    """Let each tap see, and at ``ffn`` replace, what passes at its place, in the order given."""
     handles: list[RemovableHandle] = []
     try:
-        for layer, edit in edits.items():
-            handles.append(layout[layer].down.module.register_forward_pre_hook(_pre_hook(edit)))
+        for part, where, tap in taps:
+            handles += _tap_dense(layout, part, where, tap)
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _pre_hook(edit: Edit) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (edit(args[0]), *args[1:])
+def _tap_dense(layout: Layout, part: FeedForward, where: Where, tap: Tap) -> list[RemovableHandle]:
+    """Hook one place of a dense part; some architectures flatten (batch, sequence) before it."""
+    grid: list[torch.Size] = []  # (batch, sequence) of the running pass
+    handles = []
 
-    return hook
+    def remember(hidden: Tensor) -> None:
+        grid[:] = [hidden.shape[:2]]
 
+    def at(values: Tensor) -> Tensor | None:
+        changed = tap(Seen(part, where, values if values.ndim == 3 else values.reshape(*grid[0], -1)))
+        return None if changed is None else changed.reshape(values.shape)
 
-def _zero(index: Tensor, hidden: Tensor) -> Tensor:
-    return hidden.index_fill(-1, index.to(hidden.device), 0)
-
-
-def _times(row: Tensor, hidden: Tensor) -> Tensor:
-    return hidden * row.to(hidden)
-
-
-def _replace(index: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
-    changed = hidden.clone()
-    changed[..., index.to(hidden.device)] = value.to(hidden)
-    return changed
-
-
-def _for_each(factor: Tensor | float, index: Tensor, layer: int) -> Tensor:
-    factors = torch.as_tensor(factor, dtype=torch.float32)
-    if factors.ndim > 1 or (factors.ndim == 1 and len(factors) != len(index)):
-        raise ValueError(f"layer {layer}: factors of shape {tuple(factors.shape)} for {len(index)} neurons")
-    return factors.cpu()
+    if layout.blocks:
+        handles.append(_before(layout[part.layer].module, remember))
+    if where in ("gate", "up"):
+        matrix = part.gate if where == "gate" and part.gate is not None else part.up
+        return [*handles, _after(matrix.module, lambda output: at(output[..., matrix.neurons]))]
+    return [*handles, _before((part.up if where == "input" else part.down).module, at)]
 
 
-def _indices(layout: Layout, layer: int, index: Tensor) -> Tensor:
-    """Check neuron indices of one layer and return them as a flat int64 tensor on the CPU."""
-    width = layout[layer].width
-    flat = torch.as_tensor(index).cpu()
-    if flat.ndim != 1 or (len(flat) and (flat.is_floating_point() or flat.dtype == torch.bool)):
-        raise ValueError(f"layer {layer}: neurons must be a flat tensor of integer indices")
-    outside = [neuron for neuron in flat.tolist() if not 0 <= neuron < width]
-    if outside:
-        raise UserError(
-            f"layer {layer} of {layout.architecture} has neurons 0 to {width - 1}, not {outside[0]}: "
-            "was the neuron set made for another model?"
-        )
-    if len(set(flat.tolist())) != len(flat):
-        raise ValueError(f"layer {layer}: a neuron is named twice")
-    return flat.long()
+def _before(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Show ``see`` the first argument of ``module``, and pass on what it returns instead."""
+
+    def hook(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
+        first = args[0] if args else kwargs["hidden_states"]
+        changed = see(first)
+        if changed is None:
+            return None
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _after(module: nn.Module, see: Callable[[Tensor], object]) -> RemovableHandle:
+    """Show ``see`` the (first) output of ``module``."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        see(output[0] if isinstance(output, tuple) else output)
+
+    return module.register_forward_hook(hook)
 
 
 def _find(layout: Layout, site: Site) -> nn.Module:
-    if site.where == "block":
+    if site.where in ("block", "entry"):
         return layout[site.layer].module
     linears = layout.linears
     if site.name not in linears:
@@ -207,12 +286,4 @@ def _observe(module: nn.Module, site: Site, callback: Callback, recorder: Record
         recorder.calls[site] += 1
         callback(value)
 
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen(args[0])
-
-    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        seen(output[0] if isinstance(output, tuple) else output)
-
-    if site.where == "input":
-        return module.register_forward_pre_hook(before)
-    return module.register_forward_hook(after)
+    return _before(module, seen) if site.where in ("input", "entry") else _after(module, seen)
