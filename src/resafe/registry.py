@@ -106,7 +106,7 @@ class Method:
         }
 
 
-_METHODS: dict[str, Method] = {}
+_METHODS: dict[tuple[str, str], Method] = {}  # by verb and name
 
 
 def method(
@@ -123,9 +123,10 @@ def method(
     """Register the decorated frozen dataclass as a method; see :class:`Method` for the arguments."""
 
     def register(factory: type) -> type:
-        if name in _METHODS and _METHODS[name].factory is not factory:
-            raise ValueError(f"two methods are called {name!r}")
-        _METHODS[name] = Method(name, verb, title, badge, paper, needs, strengths, variants, factory)
+        key = (verb, name)
+        if key in _METHODS and _METHODS[key].factory is not factory:
+            raise ValueError(f"two {verb} methods are called {name!r}")
+        _METHODS[key] = Method(name, verb, title, badge, paper, needs, strengths, variants, factory)
         return factory
 
     return register
@@ -138,9 +139,10 @@ def _load_entry_points() -> None:
 
 
 def methods(verb: str | None = None) -> dict[str, Method]:
-    """Return all registered methods by name, optionally those of one verb."""
+    """Return the methods of one verb by name; or of all verbs, by verb and name: ``repair nlsr``."""
     _load_entry_points()
-    return {n: m for n, m in sorted(_METHODS.items()) if verb in (None, m.verb)}
+    known = sorted(_METHODS.items())
+    return {(f"{v} {n}" if verb is None else n): m for (v, n), m in known if verb in (None, v)}
 
 
 def get(name: str, verb: str) -> Method:
