@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 organism_app = typer.Typer(help="The built-in family of tiny models.", no_args_is_help=True)
 app.add_typer(organism_app, name="organism")
+neurons_app = typer.Typer(help="Files of neuron scores and neuron sets.", no_args_is_help=True)
+app.add_typer(neurons_app, name="neurons")
 
 
 class Format(StrEnum):
@@ -218,6 +220,57 @@ def organism_build(
         progress=lambda sentence: typer.echo(sentence, err=True),
     )
     typer.echo(out)
+
+
+class How(StrEnum):
+    """How sets are combined."""
+
+    union = "union"
+    intersection = "intersection"
+    difference = "difference"
+
+
+Neurons = Annotated[Path, typer.Argument(help="A file of neurons, as `resafe locate` writes it.")]
+ManyNeurons = Annotated[list[Path], typer.Argument(help="Files of neurons of one model.")]
+Top = Annotated[float, typer.Option(help="Share of the neurons that is chosen from a score file.")]
+
+
+@neurons_app.command("show")
+def neurons_show(file: Neurons, top: Top = 0.01, as_json: Json = False) -> None:
+    """Show what a file of neurons holds: its method, its model, how many neurons of each layer."""
+    from resafe import neuron_verbs
+    from resafe.terminal import Screen
+
+    Screen(as_json).neurons_shown(neuron_verbs.show(file, top))
+
+
+@neurons_app.command("compare")
+def neurons_compare(
+    files: ManyNeurons,
+    top: Top = 0.01,
+    out: Annotated[Path | None, typer.Option(help="Picture to draw: .svg or .png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how far neuron sets agree: Jaccard index, beside it that of random neurons."""
+    from resafe import neuron_verbs
+    from resafe.terminal import Screen
+
+    Screen(as_json).neurons_compared(neuron_verbs.compare(files, top, out), out)
+
+
+@neurons_app.command("combine")
+def neurons_combine(
+    files: ManyNeurons,
+    out: Annotated[Path, typer.Option(help="Neuron set to write.")],
+    how: Annotated[How, typer.Option(help="The difference is the first less all others.")] = How.union,
+    top: Top = 0.01,
+    as_json: Json = False,
+) -> None:
+    """Write the union, intersection or difference of neuron sets; of one score file, its highest scores."""
+    from resafe import neuron_verbs
+    from resafe.terminal import Screen
+
+    Screen(as_json).neurons_combined(neuron_verbs.combine(files, how.value, out, top))
 
 
 def _show_version(wanted: bool) -> None:

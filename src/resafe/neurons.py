@@ -134,37 +134,37 @@ class NeuronScores(_Located):
         """Choose the highest scores; of equal ones those of the first layer, name and position.
 
         Args:
-            share: of all neurons of a group, rounded down; where fewer have evidence, those.
+            share: of all neurons of a group, rounded down; where fewer can be chosen, those.
             count: how many of each group, instead of a share.
             per: what a group is: all neurons, those of one layer, or those of one tensor.
             exclude: neurons not to choose; they count as part of the group a share is taken of.
 
         Raises:
-            UserError: the share is not in (0, 1], the count is more than there is, or nothing was chosen.
+            UserError: the share is not in (0, 1], the count is more than can be chosen, or nothing was chosen.
         """
         wanted = _wanted(share, count)
-        if self.site is Site.RESIDUAL:
-            raise UserError(f"{self.method} found directions of the residual stream, which hold no neurons")
         if exclude is not None:
             self._check_same(exclude)
         masks: dict[str, Tensor] = {}
         for names in _groups(self.values, per):
             masks |= self._best(names, wanted, exclude)
-        how: dict[str, object] = {"share": share, "count": count, "per": per}
-        if exclude is not None:
-            how["exclude"] = exclude.method
-        found = self._chosen({name: masks[name] for name in self.values}, "top", how)
+        how: dict[str, object] = {"count": count} if share is None else {"share": share}
+        excluded = {} if exclude is None else {"exclude": exclude.method}
+        found = self._chosen({name: masks[name] for name in self.values}, {**how, "per": per, **excluded})
         if len(found) == 0:
-            raise UserError(f"a share of {share} of {self.total} neurons chooses none; give a larger one")
+            raise UserError(
+                f"a share of {share} per {per} chooses none of {self.total} neurons, of which {self.unreached} "
+                "have no score; give a larger share"
+            )
         return found
 
     def above(self, threshold: float) -> NeuronSet:
         """Choose the scores above a threshold, which may be none."""
         masks = {name: values > threshold for name, values in self.values.items()}
-        return self._chosen(masks, "above", threshold)
+        return self._chosen(masks, {"above": threshold})
 
     def _best(
-        self, names: Sequence[str], wanted: Callable[[int], int], exclude: NeuronSet | None
+        self, names: Sequence[str], wanted: Callable[[int, int], int], exclude: NeuronSet | None
     ) -> dict[str, Tensor]:
         """Return the masks of one group."""
         values = torch.cat([self.values[name].reshape(-1) for name in names])
@@ -172,30 +172,22 @@ class NeuronScores(_Located):
         if exclude is not None:
             masks = [exclude.masks.get(n, torch.zeros_like(self.values[n], dtype=torch.bool)) for n in names]
             free &= ~torch.cat([mask.reshape(-1) for mask in masks])
-        number, known = wanted(len(values)), int(free.sum())
-        if number > len(values):
-            raise UserError(f"{number} neurons were asked for where there are {len(values)}; ask for fewer")
-        chosen = _largest(values, free, min(number, known))
+        chosen = _largest(values, free, wanted(len(values), int(free.sum())))
         parts = torch.split(chosen, [self.values[name].numel() for name in names])
         return {n: part.reshape(self.values[n].shape) for n, part in zip(names, parts, strict=True)}
 
-    def _chosen(self, masks: Mapping[str, Tensor], how: str, value: object) -> NeuronSet:
-        parameters = {**self.parameters, how: value}
+    def _chosen(self, masks: Mapping[str, Tensor], how: Mapping[str, object]) -> NeuronSet:
+        if self.site is Site.RESIDUAL:
+            raise UserError(f"{self.method} found directions of the residual stream, which hold no neurons")
+        parameters = {**self.parameters, "chosen": dict(how)}
         return NeuronSet(self.site, masks, self.method, self.model, parameters, self.prompts)
 
     def rank_correlation(self, other: NeuronScores) -> float:
-        """Return Spearman's correlation over the neurons that both have evidence of; NaN if it is undefined.
-
-        Raises:
-            UserError: the scores are of different models, sites or tensors.
-        """
+        """Return Spearman's correlation over the neurons that both have evidence of; NaN if it is undefined."""
         self._check_same(other)
-        if self.values.keys() != other.values.keys():
-            raise UserError(f"{self.method} and {other.method} scored different tensors; locate both again")
-        mine, theirs = (
-            torch.cat([s.values[n].reshape(-1) for n in self.values] or [torch.empty(0)])
-            for s in (self, other)
-        )
+        names = [name for name in self.values if name in other.values]
+        pair = [[s.values[name].reshape(-1) for name in names] for s in (self, other)]
+        mine, theirs = (torch.cat(values or [torch.empty(0)]) for values in pair)
         both = ~(mine.isnan() | theirs.isnan())
         ranks = torch.stack([_ranks(mine[both]), _ranks(theirs[both])])
         return float(torch.corrcoef(ranks)[0, 1]) if ranks.shape[1] > 1 else float("nan")
@@ -439,17 +431,25 @@ def _metadata(
     }
 
 
-def _wanted(share: float | None, count: int | None) -> Callable[[int], int]:
-    """Return how many neurons to choose from a group of a size."""
+def _wanted(share: float | None, count: int | None) -> Callable[[int, int], int]:
+    """Return how many neurons to choose from a group, by its size and by how many of it can be chosen."""
     if share is not None and count is None:
         if not 0 < share <= 1:
             raise UserError(f"a share of {share} is not above 0 and at most 1; give one like 0.01")
-        return lambda size: int(share * size + 1e-9)  # 0.29 * 100 is 28.999999999999996
-    if count is not None and share is None:
-        if count < 1:
-            raise UserError(f"a count of {count} chooses no neuron; give 1 or more")
-        return lambda size: count
-    raise UserError("give either a share or a count of neurons to choose")
+        return lambda size, free: min(int(share * size + 1e-9), free)  # 0.29 * 100 is 28.999999999999996
+    if count is None or share is not None:
+        raise UserError("give either a share or a count of neurons to choose")
+    if count < 1:
+        raise UserError(f"a count of {count} chooses no neuron; give 1 or more")
+
+    def counted(size: int, free: int) -> int:
+        if count > free:
+            raise UserError(
+                f"{count} neurons were asked for, but {free} of {size} can be chosen; ask for fewer"
+            )
+        return count
+
+    return counted
 
 
 def _sorted(names: Mapping[str, Tensor]) -> list[str]:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from resafe.evaluate.measure import Measurement
 from resafe.evaluate.stats import Rate
+from resafe.neuron_verbs import Combined, Comparison, Matrix, Shown
 from resafe.registry import Method
 from resafe.report.page import compare_page, compare_rows, coverage_text, percent, settings_text, share_text
 from resafe.results import CompareResult, RepairResult
@@ -148,8 +149,70 @@ class Screen:
         for name, default in known.parameters().items():
             self._say(name, f"default {default}")
 
+    def neurons_shown(self, shown: Shown) -> None:
+        """Print what a file of neurons holds."""
+        if self._as_json:  # neurons may be millions, too many to be set out one by one
+            self._out.file.write(json.dumps(shown.to_dict()) + "\n")
+            return
+        found, scores = shown.given.neurons, shown.given.scores
+        self._say("kind", f"{shown.given.kind} at site {found.site}")
+        self._say("method", f"{found.method} {settings_text(found.parameters)}".rstrip())
+        self._say("model", found.model)
+        self._say("prompts", found.prompts or "not recorded")
+        if scores is not None:
+            self._say("scored", f"{scores.total:,} values in {len(scores.values)} tensors")
+            self._say("unreached", f"{scores.unreached:,} without evidence")
+        self._say("chosen", _of(len(found), found.total))
+        experts = found.per_expert()
+        for layer, size in found.layer_sizes().items():
+            line = _of(found.per_layer()[layer], size)
+            inside = [count for (of, _), count in experts.items() if of == layer]
+            if inside:
+                line += f", in {sum(map(bool, inside))} of {len(inside)} experts"
+            self._say("  layer" if layer >= 0 else "  elsewhere", f"{layer}: {line}" if layer >= 0 else line)
+
+    def neurons_compared(self, found: Comparison, out: Path | None) -> None:
+        """Print how far sets of neurons overlap."""
+        if self._as_json:
+            self.json(found.to_dict())
+            return
+        for number, one in enumerate(found.given, 1):
+            self._say(str(number), f"{one.label}: {_of(len(one.neurons), one.neurons.total)}")
+        self._matrix("Jaccard index", found.labels, found.jaccard)
+        self._matrix("by chance", found.labels, found.chance)
+        if any(value is not None for row in found.correlation for value in row):
+            self._matrix("rank correlation of scores", found.labels, found.correlation)
+        if out is not None:
+            self._say("saved", str(out))
+
+    def neurons_combined(self, made: Combined) -> None:
+        """Print what was combined."""
+        if self._as_json:
+            self.json(made.to_dict())
+            return
+        for one in made.given:
+            self._say("from", f"{one.label}: {_of(len(one.neurons), one.neurons.total)}")
+        self._say(made.how, _of(len(made.neurons), made.neurons.total))
+        self._say("saved", str(made.out))
+
+    def _matrix(self, title: str, labels: Sequence[str], matrix: Matrix) -> None:
+        table = Table(box=None, pad_edge=False)
+        table.add_column(title, no_wrap=True)
+        for number in range(1, len(labels) + 1):
+            table.add_column(str(number), justify="right", no_wrap=True)
+        for number, (label, row) in enumerate(zip(labels, matrix, strict=True), 1):
+            cells = ["" if value is None else f"{value:.3f}" for value in row]
+            table.add_row(escape(f"{number} {label}"), *cells)
+        self._out.print()
+        self._out.print(table)
+
     def _say(self, label: str, text: str) -> None:
         self._out.print(f"[bold]{label:<14}[/bold]{escape(text)}")
+
+
+def _of(count: int, total: int) -> str:
+    """Return ``5 of 100 neurons (5.00 %)``."""
+    return f"{count:,} of {total:,} neurons ({100 * count / max(1, total):.2f} %)"
 
 
 def _named(found: Measurement) -> list[tuple[str, Rate | None]]:
