@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 from resafe.errors import UserError
 
 if TYPE_CHECKING:
+    from resafe.locate_verb import locate
     from resafe.registry import methods
     from resafe.search import Bounds
     from resafe.verbs import compare, measure, repair
 
-__all__ = ["Bounds", "UserError", "compare", "measure", "methods", "repair"]
+__all__ = ["Bounds", "UserError", "compare", "locate", "measure", "methods", "repair"]
 
 _HOMES = {
     "compare": "resafe.verbs",
+    "locate": "resafe.locate_verb",
     "measure": "resafe.verbs",
     "repair": "resafe.verbs",
     "Bounds": "resafe.search",

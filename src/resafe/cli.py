@@ -125,6 +125,56 @@ def measure(
 
 
 @app.command()
+def locate(
+    model: Annotated[str, typer.Argument(help="The model to look at: a folder or Hub id.")],
+    method: Annotated[
+        str, typer.Option(help="A method's name (see `resafe methods`), several with commas, or all.")
+    ] = "all",
+    reference: Annotated[str | None, typer.Option(help="The other model, where two are compared.")] = None,
+    harmful: Harmful = None,
+    benign: Benign = None,
+    param: Parameter = None,
+    top: Annotated[
+        float | None, typer.Option(help="Share of highest scores to choose.  [default: the method's rule]")
+    ] = None,
+    resamples: Annotated[
+        int, typer.Option(help="How often to find the neurons again on halves of the prompts.")
+    ] = 10,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the neurons; a folder for those of several methods.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="The most tokens of a response the model gives.")] = 64,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts in a batch.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or map to spread over all devices.")] = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Find the neurons that carry a model's safety, and how far they depend on the prompts."""
+    from resafe import locate_verb
+    from resafe.terminal import Screen
+
+    screen = Screen(as_json)
+    with screen:
+        result = locate_verb.locate(
+            model,
+            method=method,
+            reference=reference,
+            parameters=parse_parameters(param or []),
+            harmful=harmful,
+            benign=benign,
+            top=top,
+            resamples=resamples,
+            out=out,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            progress=screen.step,
+        )
+    screen.located(result)
+
+
+@app.command()
 def compare(
     tuned: Tuned,
     aligned: Aligned = None,
@@ -161,15 +211,16 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the methods with badge and paper, or describe one."""
-    from resafe.registry import get
     from resafe.registry import methods as registered
+    from resafe.registry import named
     from resafe.terminal import Screen
 
     screen = Screen(as_json)
     if name is None:
         screen.methods(list(registered().values()))
-    else:
-        screen.method(get(name, "repair"))
+        return
+    for method in named(name):
+        screen.method(method)
 
 
 @app.command()

@@ -90,6 +90,20 @@ def everything(
     return PromptSets(**read), _judge(family)
 
 
+def for_locating(
+    config: dict[str, object], harmful: str | Path | None = None, benign: str | Path | None = None
+) -> tuple[PromptSets, Judge]:
+    """Return the prompts for finding neurons, all of the given or the locating split, and the judge.
+
+    Raises:
+        UserError: a file is malformed, or there is no prompt at all.
+    """
+    family = family_of(config)
+    if family is not None and harmful is None and benign is None:
+        return _organism(family).locate, _judge(family)
+    return everything(config, harmful, benign)
+
+
 def _judge(family: str | None) -> Judge:
     if family is not None:
         from resafe.organism import OracleJudge

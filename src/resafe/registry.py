@@ -36,6 +36,7 @@ class Need(StrEnum):
     BASE = "base"
     HARMFUL = "harmful"
     BENIGN = "benign"
+    REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,22 @@ def get(name: str, verb: str) -> Method:
             f"there is no {verb} method {name!r}{nearest(name, known)}; `resafe methods` lists all of them"
         )
     return known[name]
+
+
+def named(name: str) -> list[Method]:
+    """Return the methods of that name, one a verb.
+
+    Raises:
+        UserError: there is none; the nearest name is offered.
+    """
+    known = list(methods().values())
+    found = [method for method in known if method.name == name]
+    if not found:
+        names = {method.name for method in known}
+        raise UserError(
+            f"there is no method {name!r}{nearest(name, names)}; `resafe methods` lists all of them"
+        )
+    return found
 
 
 def convert(what: str, value: object, hint: object) -> object:

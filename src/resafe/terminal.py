@@ -14,6 +14,7 @@ from rich.table import Table
 
 from resafe.evaluate.measure import Measurement
 from resafe.evaluate.stats import Rate
+from resafe.locate_verb import LocateResult
 from resafe.neuron_verbs import Combined, Comparison, Matrix, Shown
 from resafe.registry import Method
 from resafe.report.page import compare_page, compare_rows, coverage_text, percent, settings_text, share_text
@@ -83,6 +84,21 @@ class Screen:
         for name, rate in _named(found):
             self._say(name, percent(rate) + (f"   n = {rate.n}" if rate else ""))
         self._say("judge", found.judge)
+
+    def located(self, result: LocateResult) -> None:
+        """Print what was located."""
+        if self._as_json:
+            self.json(result.to_dict())
+            return
+        counts = result.coverage
+        self._say("model", result.model)
+        self._say("covered", ", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
+        self._say("prompts", ", ".join(f"{n} {kind}" for kind, n in result.prompts.items()))
+        for note in result.notes:
+            self._say("note", note)
+        self._out.print(_located_table(result))
+        for file in result.files:
+            self._say("saved", str(file))
 
     def repaired(self, result: RepairResult) -> None:
         """Print a repair."""
@@ -213,6 +229,37 @@ class Screen:
 def _of(count: int, total: int) -> str:
     """Return ``5 of 100 neurons (5.00 %)``."""
     return f"{count:,} of {total:,} neurons ({100 * count / max(1, total):.2f} %)"
+
+
+def _located_table(result: LocateResult) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in (
+        "method",
+        "badge",
+        "site",
+        "neurons",
+        "share",
+        "unreached",
+        "halves agree",
+        "by chance",
+        "steady",
+    ):
+        table.add_column(heading, no_wrap=True)
+    for one in result.found:
+        chosen = None if one.neurons is None else len(one.neurons)
+        share = "" if chosen is None else f"{100 * chosen / max(1, one.scores.total):.2f} %"
+        stable = one.stability
+        numbers = [stable.jaccard, stable.chance, stable.steady] if stable else []
+        table.add_row(
+            one.method.name,
+            one.method.badge.value,
+            one.scores.site.value,
+            "" if chosen is None else f"{chosen:,}",
+            share,
+            f"{one.scores.unreached:,}" if one.scores.unreached else "",
+            *("" if number != number else f"{number:.2f}" for number in numbers),
+        )
+    return table
 
 
 def _named(found: Measurement) -> list[tuple[str, Rate | None]]:

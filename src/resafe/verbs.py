@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resafe import provenance, search
-from resafe.candidates import TrialModel, threads_for
+from resafe.candidates import TrialModel
 from resafe.errors import UserError
 from resafe.evaluate.measure import Measurement
 from resafe.evaluate.measure import measure as measure_loaded
@@ -25,6 +25,7 @@ from resafe.experiment import (
     with_edit,
 )
 from resafe.model.load import load
+from resafe.model.threads import threads_for
 from resafe.protocol import everything
 from resafe.registry import Badge, Method, get, methods
 from resafe.repairing.base import Model

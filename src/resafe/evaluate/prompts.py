@@ -23,18 +23,20 @@ class Prompt:
         prompt: what the user says.
         response: the wanted answer (a refusal, a task's label), where there is one.
         category: a group that rates may be split by.
+        language: the language's code, where neurons are to be found for each.
     """
 
     prompt: str
     response: str | None = None
     category: str | None = None
+    language: str | None = None
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Read prompts from a file in UTF-8, with or without a byte order mark.
 
-    ``.jsonl`` has one object a line: ``prompt``, and where wanted ``response`` and ``category``. ``.csv`` has
-    a header with the same names. In both a prompt may also be called ``goal``, ``behavior``, ``instruction``,
+    ``.jsonl`` has one object a line: ``prompt``, and where wanted ``response``, ``category`` and ``language``.
+    ``.csv`` has a header with the same names. In both a prompt may also be called ``goal``, ``behavior``, ``instruction``,
     ``question`` or ``forbidden_prompt``, as in published sets, in any case. ``.txt`` has one prompt a line.
     Blank lines are skipped.
 
@@ -136,10 +138,10 @@ def _prompt(where: str, row: Mapping[str, object], key: str) -> Prompt:
     if prompt is None or not prompt.strip():
         raise UserError(f"{where} has an empty {key!r}; fill it in or delete the line")
     others = {name.strip().casefold(): name for name in row}
-    response, category = (
-        _text(where, row, others[field]) if field in others else None for field in ("response", "category")
+    wanted = ("response", "category", "language")
+    return Prompt(
+        prompt, *(_text(where, row, others[field]) if field in others else None for field in wanted)
     )
-    return Prompt(prompt, response, category)
 
 
 def _text(where: str, row: Mapping[str, object], key: str) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resafe.errors import UserError
 from resafe.locating.observe import Bench, Entry, Folds, Moments, Observer, Text
-from resafe.model.layout import FeedForward
+from resafe.model.parts import FeedForward
 from resafe.neurons import NeuronScores, NeuronSet, Site
 
 Values = dict[str, Tensor]

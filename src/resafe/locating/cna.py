@@ -73,7 +73,7 @@ class CNA(Locate):
         for fold in found.folds.chosen:  # a fold at a time: memory does not grow with the prompts
             one = found.folds.only([fold])
             rows = {name: one.entry(_ROWS, "benign", name) for name in shapes}
-            prompts = torch.cat([e["numbers"] for e in rows.values() if e]).unique().tolist()
+            prompts = torch.unique(torch.cat([e["numbers"] for e in rows.values() if e])).tolist()
             total += len(prompts)
             for prompt in prompts:
                 for name, active in _most_active(rows, shapes, prompt, self.share).items():

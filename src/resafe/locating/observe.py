@@ -29,8 +29,9 @@ from torch import Tensor
 from resafe.errors import UserError
 from resafe.model.generate import by_length, check_fits, pad_right, rows_per_batch
 from resafe.model.hooks import Seen, Site, block_input, capture, capture_neurons, input_of
-from resafe.model.layout import FeedForward, Layout, read_layout
+from resafe.model.layout import Layout, read_layout
 from resafe.model.load import LoadedModel
+from resafe.model.parts import FeedForward
 
 Where = Literal["input", "gate", "up", "ffn", "linear", "residual"]
 """``input``, ``gate``, ``up``, ``ffn`` of a feed-forward part; the input of every block ``linear``; the
@@ -162,7 +163,7 @@ class View:
             return row[keep].cpu(), self._values[keep].float()
         row, values = row[inside], self._values[inside].float()
         values = values.abs() if pool == "magnitude" else values
-        rows, place = row.unique(return_inverse=True)
+        rows, place = torch.unique(row, return_inverse=True)
         start = -torch.inf if pool == "max" else 0.0
         pooled = values.new_full((len(rows), self.features), start)
         pooled.index_reduce_(0, place, values, "amax" if pool == "max" else "mean", include_self=False)
@@ -173,7 +174,9 @@ class View:
         assert self._tokens is not None
         length = self.batch.ids.shape[1]
         row, position = self._tokens // length, self._tokens % length
-        low, high = (torch.tensor(side, device=row.device) for side in zip(*self.batch.windows(pool), strict=True))
+        low, high = (
+            torch.tensor(side, device=row.device) for side in zip(*self.batch.windows(pool), strict=True)
+        )
         return row, (position >= low[row]) & (position < high[row]), position
 
     def sums(self, pool: Pool) -> tuple[int, Tensor, Tensor]:
@@ -183,7 +186,8 @@ class View:
             total = torch.stack([x.sum(0, dtype=torch.float32) for x in pieces]).double().sum(0)
             norms = torch.stack([_POOL["norm"](x, 0) for x in pieces])
             self._cache[pool] = (total, norms.double().square().sum(0))
-        return sum(len(piece) for piece in self._pieces(pool)), *self._cache[pool]
+        total, square = self._cache[pool]
+        return sum(len(piece) for piece in self._pieces(pool)), total, square
 
     def _pieces(self, pool: Pool) -> list[Tensor]:
         """Return the windows' tokens as few tensors (t, features)."""
@@ -235,10 +239,10 @@ class Observer(ABC):
         """Say whether a view is for this observer."""
         return False
 
-    def see(self, entry: Entry, view: View) -> None:
+    def see(self, entry: Entry, view: View) -> None:  # noqa: B027
         """Add what one view shows to the entry of its group and place."""
 
-    def run(self, state: State, bench: Bench, batch: Batch) -> None:
+    def run(self, state: State, bench: Bench, batch: Batch) -> None:  # noqa: B027
         """Look at one batch in a pass of its own (``own_pass``)."""
 
     @abstractmethod
@@ -525,13 +529,11 @@ def observe(
     files = [folder / f"fold-{number:03d}.safetensors" for number in range(len(dealt))]
     rank, world = place()
     mine = [number for number in range(len(dealt)) if number % world == rank]
-    done, total = 0, len(mine)
-    for number in mine:
+    for done, number in enumerate(mine, start=1):
         if not files[number].is_file():
             _save(_fold(bench, dealt[number], asked, batch_size), files[number])
-        done += 1
         if progress is not None:
-            progress(done, total)
+            progress(done, len(mine))
     barrier()
     return Folds(files, asked, tuple(dict.fromkeys(text.group for text in texts)))
 

@@ -57,6 +57,11 @@ class LoadedModel:
         return device
 
     @property
+    def quantized(self) -> bool:
+        """Whether weights are held in fewer bits than they can be read in."""
+        return getattr(self.model.config, "quantization_config", None) is not None
+
+    @property
     def chat_template(self) -> Literal["chat", "none"]:
         """Whether prompts go through a chat template or are plain text."""
         return template_kind(self.tokenizer)

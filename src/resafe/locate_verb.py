@@ -1,0 +1,192 @@
+"""The verb ``locate``: which neurons of a model carry its safety, by one published method or by all of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from resafe.errors import UserError
+from resafe.locating.observe import Bench, place
+from resafe.locating.run import Located, Request, Setting, locate_all, settings
+from resafe.locating.texts import NEW_TOKENS
+from resafe.model.load import LoadedModel, load
+from resafe.model.threads import threads_for
+from resafe.neurons import NeuronScores, NeuronSet
+from resafe.protocol import for_locating
+from resafe.registry import Need, get, methods
+from resafe.weights.adapter import open_model
+from resafe.weights.checkpoint import fingerprint
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LocateResult:
+    """What `locate` found.
+
+    Attributes:
+        model: the model that was looked at.
+        found: one entry a method.
+        coverage: what of the model was looked at, in counts.
+        prompts: how many prompts of each kind.
+        notes: what the user should know.
+        files: the files that were written.
+    """
+
+    model: str
+    found: tuple[Located, ...]
+    coverage: Mapping[str, int]
+    prompts: Mapping[str, int]
+    notes: tuple[str, ...]
+    files: tuple[Path, ...] = ()
+
+    @property
+    def neurons(self) -> NeuronSet | None:
+        """The neurons of the first method."""
+        return self.found[0].neurons
+
+    @property
+    def scores(self) -> NeuronScores:
+        """The scores of the first method."""
+        return self.found[0].scores
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the result as JSON, without the neurons themselves (`resafe neurons show` lists them)."""
+        return {
+            "model": self.model,
+            "prompts": dict(self.prompts),
+            "coverage": dict(self.coverage),
+            "found": [located.to_dict() for located in self.found],
+            "notes": list(self.notes),
+            "files": [str(file) for file in self.files],
+        }
+
+
+def locate(
+    model: str | Path,
+    *,
+    method: str = "all",
+    reference: str | Path | None = None,
+    parameters: Mapping[str, object] | None = None,
+    harmful: str | Path | None = None,
+    benign: str | Path | None = None,
+    top: float | None = None,
+    resamples: int = 10,
+    out: str | Path | None = None,
+    new_tokens: int = NEW_TOKENS,
+    batch_size: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LocateResult:
+    """Find the neurons that carry a model's safety.
+
+    Args:
+        model: a folder or Hub id, dense or a LoRA adapter.
+        method: a method's name, several with commas between, or ``all`` that can run with what is given.
+        reference: the other model, for methods that compare two.
+        parameters: the method's parameters.
+        harmful: file of harmful prompts; inside the organism its world's own are the default.
+        benign: file of harmless prompts.
+        top: choose this share of the highest scores instead of the method's own rule.
+        resamples: how often to find the neurons again on halves of the prompts, for the stability.
+        out: file for the neuron set, its scores beside it as ``NAME.scores.safetensors``; a folder with such
+            a pair for each of several methods. Unfinished work is kept in ``OUT.partial``.
+        new_tokens: the most tokens of a response that the model has to give itself.
+        batch_size: prompts in a batch.
+        device: where to run; ``auto``, a torch device, or ``map`` to spread the model over all there are.
+        seed: seed of the halves.
+        progress: called with (step, done, total).
+
+    Raises:
+        UserError: an input cannot be used; nothing is written then.
+    """
+    if top is not None and not 0.0 < top <= 1.0:
+        raise UserError(f"--top must be above 0 and at most 1, not {top:g}")
+    if resamples < 0:
+        raise UserError(f"--resamples must be 0 or more, not {resamples}")
+    if place()[1] > 1 and out is None:
+        raise UserError("several processes need --out: they meet in the folder beside it")
+    named = [name for name in method.split(",") if name]
+    chosen = list(methods("locate").values()) if method == "all" else [get(n, "locate") for n in named]
+    made = settings(chosen, parameters or {})
+    opened = open_model(model)
+    prompts, judge = for_locating(opened.config, harmful, benign)
+    notes: list[str] = []
+    with threads_for(opened):
+        loaded = load(opened.folder, merge=True, device=device)
+        other = load(reference, merge=True, device=device) if reference is not None else None
+        if method == "all":
+            made = _able(made, other, bool(prompts.harmful), bool(prompts.benign), notes)
+        bench = Bench.of(loaded, other)
+        notes += _remarks(loaded)
+        work = None if out is None else Path(out).with_name(f"{Path(out).name}.partial")
+        request = Request(
+            bench,
+            made,
+            prompts.harmful,
+            prompts.benign,
+            judge,
+            fingerprint(opened.files),
+            resamples,
+            seed,
+            batch_size,
+            new_tokens,
+            work,
+            notes.append,
+            progress or (lambda step, done, total: None),
+        )
+        found = [_cut(one, top) for one in locate_all(request)]
+    files = _write(found, Path(out)) if out is not None and place()[0] == 0 else ()
+    if work is not None and place()[0] == 0:
+        shutil.rmtree(work)
+    counts = {"harmful": len(prompts.harmful), "benign": len(prompts.benign)}
+    return LocateResult(
+        str(model), tuple(found), bench.layout.coverage.to_dict(), counts, tuple(dict.fromkeys(notes)), files
+    )
+
+
+def _able(
+    made: Sequence[Setting], reference: LoadedModel | None, harmful: bool, benign: bool, notes: list[str]
+) -> list[Setting]:
+    """Return the methods whose inputs are there; the others step aside, and say so."""
+    have = {Need.HARMFUL: harmful, Need.BENIGN: benign, Need.REFERENCE: reference is not None}
+    able = []
+    for setting in made:
+        lacking = [need.value for need in sorted(setting.method.needs) if not have.get(need, False)]
+        if lacking:
+            notes.append(f"{setting.method.name} stepped aside: it needs --{' and --'.join(lacking)}")
+        else:
+            able.append(setting)
+    if not able:
+        raise UserError("no method can run without prompts; give --harmful and --benign")
+    return able
+
+
+def _remarks(loaded: LoadedModel) -> list[str]:
+    if loaded.chat_template == "none":
+        return [f"the tokenizer of {loaded.source} has no chat template; prompts are read as plain text"]
+    return []
+
+
+def _cut(found: Located, top: float | None) -> Located:
+    """Return the share of highest scores in the place of the method's own choice."""
+    if top is None or found.neurons is None or not found.scores.values:
+        return found
+    return Located(found.method, found.scores, found.scores.top(share=top), found.stability)
+
+
+def _write(found: Sequence[Located], out: Path) -> tuple[Path, ...]:
+    """Write sets and scores; the scores of one go beside it."""
+    files = []
+    for one in found:
+        stem = out.with_suffix("") if len(found) == 1 else out / one.method.name
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        if one.neurons is not None:
+            files.append(stem.with_name(f"{stem.name}.safetensors"))
+            one.neurons.save(files[-1])
+        files.append(stem.with_name(f"{stem.name}.scores.safetensors"))
+        one.scores.save(files[-1])
+    return tuple(files)
