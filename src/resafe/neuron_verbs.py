@@ -69,7 +69,7 @@ class Shown:
             "per_layer": found.per_layer(),
             "layer_sizes": found.layer_sizes(),
             "per_expert": [[*key, count] for key, count in found.per_expert().items() if count],
-            "per_tensor": {name: int(mask.sum()) for name, mask in found.masks.items()},
+            "per_tensor": found.per_tensor(),
             "neurons": found.neurons(),
         }
         if scores is not None:

@@ -297,11 +297,15 @@ class NeuronSet(_Located):
 
     def per_layer(self) -> dict[int, int]:
         """Number of chosen neurons per decoder layer."""
-        return _sums({name: int(mask.sum()) for name, mask in self.masks.items()})
+        return _sums(self.per_tensor())
 
     def layer_sizes(self) -> dict[int, int]:
         """Number of neurons per decoder layer that could have been chosen."""
         return _sums({name: mask.numel() for name, mask in self.masks.items()})
+
+    def per_tensor(self) -> dict[str, int]:
+        """Number of chosen neurons per tensor, by layer and name."""
+        return {name: int(self.masks[name].sum()) for name in _sorted(self.masks)}
 
     def per_expert(self) -> dict[tuple[int, int], int]:
         """Number of chosen neurons per (layer, routed expert)."""
@@ -315,13 +319,13 @@ class NeuronSet(_Located):
         return dict(sorted(counts.items()))
 
     def neurons(self) -> list[tuple[int, int | None, int]]:
-        """List the chosen neurons as (layer, expert or None, index), in the order of the masks.
+        """List the chosen neurons as (layer, expert or None, index), in the order of ``per_tensor``.
 
         The index of an entry is its position in the flattened tensor.
         """
         found: list[tuple[int, int | None, int]] = []
-        for name, mask in self.masks.items():
-            layer, expert = layer_of(name), expert_of(name)
+        for name in _sorted(self.masks):
+            mask, layer, expert = self.masks[name], layer_of(name), expert_of(name)
             if self._routed(mask):
                 found += [(layer, e, i) for e, i in mask.nonzero().tolist()]
             else:
