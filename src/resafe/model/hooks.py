@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -15,11 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from resafe.errors import UserError, nearest
-from resafe.model.layout import FeedForward, Layout, read_layout
+from resafe.model.experts import Where, opened
+from resafe.model.layout import Layout, read_layout
+from resafe.model.parts import FeedForward
 
 Callback = Callable[[Tensor], None]
 """Called with an activation (batch, sequence, features) on the model's device, with its gradient history."""
-Where = Literal["input", "gate", "up", "ffn"]
 _FFN: Where = "ffn"
 
 
@@ -215,14 +216,20 @@ def _with_gate(part: FeedForward, where: Where) -> FeedForward:
 @contextmanager
 def _tapped(layout: Layout, taps: Iterable[tuple[FeedForward, Where, Tap]]) -> Iterator[None]:
     """Let each tap see, and at ``ffn`` replace, what passes at its place, in the order given."""
-    handles: list[RemovableHandle] = []
-    try:
+    with ExitStack() as stack:
         for part, where, tap in taps:
-            handles += _tap_dense(layout, part, where, tap)
+            if part.experts is not None:
+                stack.enter_context(opened(part, partial(_tap_expert, part, where, tap)))
+                continue
+            for handle in _tap_dense(layout, part, where, tap):
+                stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _tap_expert(
+    part: FeedForward, wanted: Where, tap: Tap, where: Where, values: Tensor, expert: int, tokens: Tensor
+) -> Tensor | None:
+    return tap(Seen(part, where, values, expert, tokens)) if where == wanted else None
 
 
 def _tap_dense(layout: Layout, part: FeedForward, where: Where, tap: Tap) -> list[RemovableHandle]:
