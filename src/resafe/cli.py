@@ -171,7 +171,8 @@ def locate(
             seed=seed,
             progress=screen.step,
         )
-    screen.located(result)
+    if locate_verb.speaks():
+        screen.located(result)
 
 
 @app.command()

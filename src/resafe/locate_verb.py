@@ -139,13 +139,18 @@ def locate(
             progress or (lambda step, done, total: None),
         )
         found = [_cut(one, top) for one in locate_all(request)]
-    files = _write(found, Path(out)) if out is not None and place()[0] == 0 else ()
-    if work is not None and place()[0] == 0:
+    files = _write(found, Path(out)) if out is not None and speaks() else ()
+    if work is not None and speaks():
         shutil.rmtree(work)
     counts = {"harmful": len(prompts.harmful), "benign": len(prompts.benign)}
     return LocateResult(
         str(model), tuple(found), bench.layout.coverage.to_dict(), counts, tuple(dict.fromkeys(notes)), files
     )
+
+
+def speaks() -> bool:
+    """Say whether this process is the one of several that holds the result."""
+    return place()[0] == 0
 
 
 def _able(

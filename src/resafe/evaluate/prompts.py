@@ -36,9 +36,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """Read prompts from a file in UTF-8, with or without a byte order mark.
 
     ``.jsonl`` has one object a line: ``prompt``, and where wanted ``response``, ``category`` and ``language``.
-    ``.csv`` has a header with the same names. In both a prompt may also be called ``goal``, ``behavior``, ``instruction``,
-    ``question`` or ``forbidden_prompt``, as in published sets, in any case. ``.txt`` has one prompt a line.
-    Blank lines are skipped.
+    ``.csv`` has a header with the same names. In both a prompt may also be called ``goal``, ``behavior``,
+    ``instruction``, ``question`` or ``forbidden_prompt``, as in published sets, in any case. ``.txt`` has one
+    prompt a line. Blank lines are skipped.
 
     Raises:
         UserError: when the file is missing, empty or malformed, with the line and what to do.

@@ -602,3 +602,13 @@ def barrier() -> None:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
+
+
+def gather(rows: list[list[int]]) -> list[list[list[int]]]:
+    """Return every process's rows, by rank."""
+    if place()[1] == 1:
+        return [rows]
+    from accelerate.utils import gather_object
+
+    gathered: list[list[list[int]]] = gather_object([rows])
+    return gathered

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from resafe.errors import UserError
 from resafe.evaluate.judge import Judge, Verdict
 from resafe.evaluate.prompts import Prompt
-from resafe.locating.observe import Text
+from resafe.locating.observe import Text, gather, place
 from resafe.model.chat import encode, encode_with_response, turn_end
 from resafe.model.generate import Progress, generate
 from resafe.model.load import LoadedModel
@@ -73,11 +74,14 @@ def _answers(
 ) -> list[list[int]]:
     """Return the tokens of each answer, none where a harmful prompt was not refused."""
     end = turn_end(model.tokenizer)
-    found = []
-    for prompt, answer in zip(prompts, generate(model, prompts, new_tokens, progress=progress), strict=True):
+    rank, world = place()
+    mine = prompts[rank::world]
+    answered = []
+    for prompt, answer in zip(mine, generate(model, mine, new_tokens, progress=progress), strict=True):
         refused = judge is None or judge.judge(prompt.prompt, answer.text) is Verdict.REFUSED
         tokens = list(answer.token_ids) + ([end] if answer.finished and end is not None else [])
-        found.append(tokens if refused or kind != "harmful" else [])
+        answered.append(tokens if refused or kind != "harmful" else [])
+    found = [row for rows in zip_longest(*gather(answered)) for row in rows if row is not None]
     if not any(found):
         raise UserError(
             f"{model.source} refuses none of {len(prompts)} harmful prompts, so there is no safety to locate on "
