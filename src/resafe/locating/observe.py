@@ -166,7 +166,8 @@ class View:
         rows, place = torch.unique(row, return_inverse=True)
         start = -torch.inf if pool == "max" else 0.0
         pooled = values.new_full((len(rows), self.features), start)
-        pooled.index_reduce_(0, place, values, "amax" if pool == "max" else "mean", include_self=False)
+        index = place[:, None].expand_as(values)
+        pooled.scatter_reduce_(0, index, values, "amax" if pool == "max" else "mean", include_self=False)
         return rows.cpu(), pooled
 
     def _routed(self, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,6 +179,14 @@ class View:
             torch.tensor(side, device=row.device) for side in zip(*self.batch.windows(pool), strict=True)
         )
         return row, (position >= low[row]) & (position < high[row]), position
+
+    def tail(self, count: int) -> Tensor:
+        """Return the last ``count`` tokens of each prompt, float32 (batch, count, features); NaN before its first."""
+        starts = torch.tensor(self.batch.starts, device=self._values.device)
+        places = starts[:, None] - count + torch.arange(count, device=starts.device)  # (batch, count)
+        rows = torch.arange(len(starts), device=starts.device)[:, None]
+        tokens = self._values[rows, places.clamp(min=0)].float()
+        return tokens.masked_fill((places < 0)[..., None], torch.nan)
 
     def sums(self, pool: Pool) -> tuple[int, Tensor, Tensor]:
         """Return over the tokens of all windows: their number, ``Σ x`` and ``Σ x²``, float64 (features,)."""
@@ -196,7 +205,8 @@ class View:
         windows = self.batch.windows(pool)
         if all(window == (0, self._values.shape[1]) for window in windows):
             return [self._values.flatten(0, 1)]
-        return [self._values[row, low:high] for row, (low, high) in enumerate(windows) if high > low]
+        cut = [self._values[row, low:high] for row, (low, high) in enumerate(windows) if high > low]
+        return cut or [self._values[0, :0]]
 
 
 _POOL: dict[str, Callable[[Tensor, int], Tensor]] = {  # over the tokens' axis, in float32

@@ -1,0 +1,139 @@
+"""Tiny models of five architectures, texts for them, and neurons planted in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from resafe.locating.base import Found, Locate
+from resafe.locating.observe import Bench, Text, observe
+from resafe.model.hooks import Seen, _tapped, capture_neurons
+from resafe.model.load import LoadedModel
+from resafe.model.parts import Matrix
+from resafe.neurons import NeuronScores, NeuronSet
+from tests.architectures import tiny
+from tests.model.tiny import tokenizer
+
+FAMILIES = ("llama", "qwen3", "gpt2", "mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe")
+HARMFUL, BENIGN = 5, 6  # the first token of a text
+
+
+def bench(family: str, seed: int = 0, reference: int | None = None) -> Bench:
+    other = None if reference is None else LoadedModel(tiny(family, reference), tokenizer(), "reference")
+    return Bench.of(LoadedModel(tiny(family, seed), tokenizer(), family), other)
+
+
+def texts(count: int = 12, seed: int = 0, response: int = 4, languages: Sequence[str] = ("",)) -> list[Text]:
+    """Make texts of several lengths, as many of each kind (and language), each kind in words of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for language in languages:
+        for kind, (mark, words) in {"harmful": (HARMFUL, 10), "benign": (BENIGN, 50)}.items():
+            for number in range(count):
+                start = 5 + number % 3
+                end = start + (response + number % 2 if response else 0)
+                ids = torch.randint(words, words + 40, (end - 1,), generator=generator).tolist()
+                found.append(Text((mark, *ids), start, kind + ("/" + language if language else ""), number))
+    return found
+
+
+def look(
+    bench: Bench, texts: Sequence[Text], method: Locate, folder: Path, folds: int = 2, batch_size: int = 5
+) -> Found:
+    return Found(
+        bench, observe(bench, texts, method.observers(), folder, folds=folds, batch_size=batch_size), texts
+    )
+
+
+def locate(
+    bench: Bench, texts: Sequence[Text], method: Locate, folder: Path, **spread: int
+) -> tuple[NeuronScores, NeuronSet]:
+    values = method.scores(look(bench, texts, method, folder, **spread))
+    scores = NeuronScores(method.place(), values, "planted", "model")
+    return scores, method.choose(scores)
+
+
+def some(bench: Bench, each: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Draw neurons of every part (of every expert), as masks."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = {}
+    for part in bench.layout.parts:
+        order = torch.rand(part.shape, generator=generator).argsort(-1)
+        masks[part.name] = order < each
+    return masks
+
+
+def recall(chosen: NeuronSet, planted: Mapping[str, Tensor]) -> float:
+    total = sum(int(mask.sum()) for mask in planted.values())
+    return sum(int((chosen.masks[name] & mask).sum()) for name, mask in planted.items()) / total
+
+
+@contextmanager
+def planted(bench: Bench, masks: Mapping[str, Tensor], amount: float) -> Iterator[None]:
+    """Add a constant to chosen neurons on every token of harmful texts."""
+    harmful: list[Tensor] = []
+    sequence: list[int] = []
+
+    def remember(module: object, args: object, kwargs: dict[str, Tensor]) -> None:
+        harmful[:] = [kwargs["input_ids"][:, 0] == HARMFUL]
+        sequence[:] = [kwargs["input_ids"].shape[1]]
+
+    def add(seen: Seen) -> Tensor:
+        mask = masks[seen.part.name]
+        if seen.expert is None:
+            return seen.values + amount * harmful[0][:, None, None] * mask
+        assert seen.tokens is not None
+        return seen.values + amount * harmful[0][seen.tokens // sequence[0], None] * mask[seen.expert]
+
+    handle = bench.loaded.model.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        with _tapped(bench.layout, [(bench.layout.part(name), "ffn", add) for name in masks]):
+            yield
+    finally:
+        handle.remove()
+
+
+def view(matrix: Matrix) -> Tensor:
+    """Return the neurons' share of a weight as a view that can be written to."""
+    tensor, axis = matrix.tensor, matrix.axis
+    chosen = [slice(None)] * tensor.ndim
+    chosen[axis] = matrix.neurons
+    return torch.movedim(tensor[tuple(chosen)], axis, -2)
+
+
+@torch.no_grad()
+def plant_detectors(
+    bench: Bench, masks: Mapping[str, Tensor], texts: Sequence[Text], rows: float = 1.0, down: float = 1.0
+) -> None:
+    """Turn chosen neurons into ones that fire on harmful texts and hardly on others, first layer first.
+
+    Harmful words get something in common. Gate and up point along what the mean input of harmful texts has and
+    that of harmless ones has not, at ``rows`` times the length of other rows; down is made ``down`` times as long.
+    """
+    words = bench.loaded.model.get_input_embeddings().weight
+    words[10:50] += 0.5 * words[HARMFUL]
+    for name, mask in masks.items():
+        part = bench.layout.part(name)
+        harmful, benign = (_mean_input(bench, name, texts, mark) for mark in (HARMFUL, BENIGN))
+        step = harmful - (harmful @ benign) / (benign @ benign) * benign
+        for matrix in part.matrices[:-1]:
+            weights = view(matrix)
+            weights[mask] = rows * weights.norm(dim=-1).mean() * step / step.norm()
+        view(part.down)[mask] *= down
+
+
+def _mean_input(bench: Bench, name: str, texts: Sequence[Text], mark: int) -> Tensor:
+    """Return the mean over tokens that enter a part, (hidden,)."""
+    found: list[Tensor] = []
+    with capture_neurons(
+        bench.loaded.model, [(name, "input")], lambda seen: found.append(seen.values.flatten(0, -2))
+    ):
+        for text in texts:
+            if text.ids[0] == mark:
+                bench.loaded.model(input_ids=torch.tensor([text.ids]))
+    return torch.cat(found).mean(0)
