@@ -68,6 +68,24 @@ def some(bench: Bench, each: int = 2, seed: int = 0) -> dict[str, Tensor]:
     return masks
 
 
+def in_last_part(bench: Bench, texts: Sequence[Text], each: int = 2) -> dict[str, Tensor]:
+    """Draw neurons of the last part; of routed experts, of the one that most tokens of harmful texts reach."""
+    part = bench.layout.parts[-1]
+    mask = some(bench, each)[part.name]
+    if part.experts is not None:
+        tokens = torch.zeros(part.experts)
+
+        def count(seen: Seen) -> None:
+            tokens[seen.expert] += len(seen.values)
+
+        with capture_neurons(bench.loaded.model, [(part.name, "input")], count):
+            for text in texts:
+                if text.ids[0] == HARMFUL:
+                    bench.loaded.model(input_ids=torch.tensor([text.ids]))
+        mask &= (torch.arange(part.experts) == tokens.argmax())[:, None]
+    return {part.name: mask}
+
+
 def recall(chosen: NeuronSet, planted: Mapping[str, Tensor]) -> float:
     total = sum(int(mask.sum()) for mask in planted.values())
     return sum(int((chosen.masks[name] & mask).sum()) for name, mask in planted.items()) / total

@@ -1,0 +1,64 @@
+"""What passes with gradients share: pieces of a batch, and how probable the model finds the responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from resafe.locating.observe import Batch
+from resafe.model.load import LoadedModel
+
+
+def answered(batch: Batch) -> list[int]:
+    """Return the rows of a batch that hold a response."""
+    return [
+        row for row, (start, end) in enumerate(zip(batch.starts, batch.lengths, strict=True)) if start < end
+    ]
+
+
+def pieces(batch: Batch, rows: Sequence[int], size: int, limit: int | None = None) -> Iterator[Batch]:
+    """Yield some rows of a batch, ``size`` at a time and no wider than needed.
+
+    Args:
+        batch: the batch.
+        rows: which rows.
+        size: how many rows in a piece.
+        limit: cut responses after so many tokens.
+    """
+    for first in range(0, len(rows), size):
+        chosen = rows[first : first + size]
+        starts = [batch.starts[row] for row in chosen]
+        lengths = [batch.lengths[row] for row in chosen]
+        if limit is not None:
+            lengths = [min(end, start + limit) for start, end in zip(starts, lengths, strict=True)]
+        ids, attention, response = (
+            tensor[list(chosen), : max(lengths)] for tensor in (batch.ids, batch.attention, batch.response)
+        )
+        yield replace(
+            batch,
+            numbers=tuple(batch.numbers[row] for row in chosen),
+            starts=tuple(starts),
+            lengths=tuple(lengths),
+            ids=ids,
+            attention=attention,
+            response=response,
+        )
+
+
+def log_probabilities(loaded: LoadedModel, batch: Batch) -> list[Tensor]:
+    """Return ``log p`` of each response token given what precedes it, a float32 tensor (tokens,) for each row."""
+    first = min(batch.starts) - 1
+    logits = loaded.model(
+        input_ids=batch.ids,
+        attention_mask=batch.attention,
+        use_cache=False,
+        logits_to_keep=batch.ids.shape[1] - first,
+    ).logits  # (batch, sequence - first, vocabulary)
+    found = []
+    for row, (start, end) in enumerate(zip(batch.starts, batch.lengths, strict=True)):
+        said = batch.ids[row, start:end, None].to(logits.device)
+        predicted = logits[row, start - 1 - first : end - 1 - first].float().log_softmax(-1)
+        found.append(predicted.gather(-1, said)[:, 0])
+    return found
