@@ -86,8 +86,8 @@ class Locate(ABC):
         """Return one number for each neuron, NaN where there is no evidence."""
 
     @abstractmethod
-    def choose(self, scores: NeuronScores) -> NeuronSet:
-        """Apply the method's own rule."""
+    def choose(self, scores: NeuronScores) -> NeuronSet | None:
+        """Apply the method's own rule; None where it finds directions and no neurons."""
 
     def parameters(self) -> dict[str, object]:
         """Return the parameters by name."""
