@@ -135,11 +135,10 @@ class View:
         return self._tokens is None and self._values.data_ptr() == values.data_ptr()
 
     def pooled(self, pool: Pool) -> tuple[Tensor, Tensor]:
-        """Return the prompts' rows in the batch (m,) and one float32 vector for each (m, features)."""
+        """Return the prompts' rows in the batch (m,) and one vector for each (m, features), float32 on the CPU."""
         if pool not in self._cache:
-            self._cache[pool] = (
-                self._pooled_dense(pool) if self._tokens is None else self._pooled_routed(pool)
-            )
+            rows, vectors = self._pooled_dense(pool) if self._tokens is None else self._pooled_routed(pool)
+            self._cache[pool] = (rows, vectors.cpu())  # few numbers; not every accelerator has float64
         rows, vectors = self._cache[pool]
         return rows, vectors
 
@@ -186,17 +185,29 @@ class View:
         places = starts[:, None] - count + torch.arange(count, device=starts.device)  # (batch, count)
         rows = torch.arange(len(starts), device=starts.device)[:, None]
         tokens = self._values[rows, places.clamp(min=0)].float()
-        return tokens.masked_fill((places < 0)[..., None], torch.nan)
+        return tokens.masked_fill((places < 0)[..., None], torch.nan).cpu()
 
     def sums(self, pool: Pool) -> tuple[int, Tensor, Tensor]:
         """Return over the tokens of all windows: their number, ``Σ x`` and ``Σ x²``, float64 (features,)."""
         if pool not in self._cache:
             pieces = self._pieces(pool)
-            total = torch.stack([x.sum(0, dtype=torch.float32) for x in pieces]).double().sum(0)
+            total = torch.stack([x.sum(0, dtype=torch.float32) for x in pieces]).cpu().double().sum(0)
             norms = torch.stack([_POOL["norm"](x, 0) for x in pieces])
-            self._cache[pool] = (total, norms.double().square().sum(0))
+            self._cache[pool] = (total, norms.cpu().double().square().sum(0))
         total, square = self._cache[pool]
         return sum(len(piece) for piece in self._pieces(pool)), total, square
+
+    def by_text(self, pool: Pool) -> tuple[list[int], list[Tensor]]:
+        """Return the rows that have tokens in their window, and the tokens of each, (t, features)."""
+        if self._tokens is None:
+            cut = {
+                row: self._values[row, low:high] for row, (low, high) in enumerate(self.batch.windows(pool))
+            }
+        else:
+            row, inside, _ = self._routed(pool)
+            cut = {r: self._values[inside & (row == r)] for r in row.unique().tolist()}
+        kept = {row: piece for row, piece in cut.items() if len(piece)}
+        return list(kept), list(kept.values())
 
     def _pieces(self, pool: Pool) -> list[Tensor]:
         """Return the windows' tokens as few tensors (t, features)."""
@@ -375,7 +386,7 @@ class Rows(Observer):
 class TokenSums(Rows):
     """Per text, the number of its tokens and ``Σ x`` and ``Σ x²`` over them: what FLAP's recursion is made of.
 
-    An entry has ``n`` (m,), ``sum`` and ``square`` (m, features), ``numbers`` (m,).
+    An entry has ``n`` (m,), ``sum`` and ``square`` (m, features), ``numbers`` and ``experts`` as `Rows`.
     """
 
     where: Where = "linear"
@@ -383,14 +394,16 @@ class TokenSums(Rows):
 
     def see(self, entry: Entry, view: View) -> None:
         """Append each text's sums."""
-        pieces = [x.double() for x in view._pieces("all") if len(x)]
-        if len(pieces) != len(view.batch.numbers):  # texts of one length came as one piece
-            pieces = list(pieces[0].reshape(len(view.batch.numbers), -1, view.features))
+        rows, pieces = view.by_text(self.pool)
+        if not pieces:
+            return
+        numbers = torch.tensor(view.batch.numbers)[rows]
         new = {
             "n": torch.tensor([float(len(x)) for x in pieces]).double(),
-            "sum": torch.stack([x.sum(0) for x in pieces]).cpu(),
-            "square": torch.stack([x.square().sum(0) for x in pieces]).cpu(),
-            "numbers": torch.tensor(view.batch.numbers),
+            "sum": torch.stack([x.sum(0, dtype=torch.float64) for x in pieces]).cpu(),
+            "square": torch.stack([x.double().square().sum(0) for x in pieces]).cpu(),
+            "numbers": numbers,
+            "experts": torch.full_like(numbers, -1 if view.expert is None else view.expert),
         }
         entry.update(self.merge([entry, new]) if entry else new)
 
