@@ -205,7 +205,7 @@ class View:
             }
         else:
             row, inside, _ = self._routed(pool)
-            cut = {r: self._values[inside & (row == r)] for r in row.unique().tolist()}
+            cut = {r: self._values[inside & (row == r)] for r in sorted(set(row.tolist()))}
         kept = {row: piece for row, piece in cut.items() if len(piece)}
         return list(kept), list(kept.values())
 
