@@ -32,9 +32,9 @@ def texts(count: int = 12, seed: int = 0, response: int = 4, languages: Sequence
     """Make texts of several lengths, as many of each kind (and language), each kind in words of its own."""
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for language in languages:
+    for place, language in enumerate(languages):
         for kind, (mark, words) in {"harmful": (HARMFUL, 10), "benign": (BENIGN, 50)}.items():
-            for number in range(count):
+            for number in range(place * count, place * count + count):
                 start = 5 + number % 3
                 end = start + (response + number % 2 if response else 0)
                 ids = torch.randint(words, words + 40, (end - 1,), generator=generator).tolist()

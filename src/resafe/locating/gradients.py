@@ -1,13 +1,15 @@
-"""What passes with gradients share: pieces of a batch, and how probable the model finds the responses."""
+"""What passes of their own share: counts, pieces of a batch, and how probable the model finds the responses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from resafe.locating.observe import Batch
+from resafe.locating.observe import Batch, Bench, Entry, Observer, State
 from resafe.model.load import LoadedModel
 
 
@@ -62,3 +64,30 @@ def log_probabilities(loaded: LoadedModel, batch: Batch) -> list[Tensor]:
         predicted = logits[row, start - 1 - first : end - 1 - first].float().log_softmax(-1)
         found.append(predicted.gather(-1, said)[:, 0])
     return found
+
+
+def added(entries: Sequence[Entry]) -> Entry:
+    """Add up entries."""
+    total = dict(entries[0])
+    for entry in entries[1:]:
+        total = {key: value + entry[key] for key, value in total.items()}
+    return total
+
+
+@dataclass(frozen=True)
+class Answers(Observer):
+    """Counts ``texts`` and how many of them are ``answered``, (1,) float64, at the place ``answers``."""
+
+    own_pass: ClassVar[bool] = True
+    needs_response = True
+
+    def run(self, state: State, bench: Bench, batch: Batch) -> None:
+        """Count a batch's."""
+        counts = {"texts": len(batch.numbers), "answered": len(answered(batch))}
+        new = {key: torch.tensor([count], dtype=torch.float64) for key, count in counts.items()}
+        place = (batch.group, "answers")
+        state[place] = added([state[place], new]) if place in state else new
+
+    def merge(self, entries: Sequence[Entry]) -> Entry:
+        """Add up."""
+        return added(entries)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from resafe.errors import UserError
 from resafe.locating.base import Found, Locate, Values, check_share
-from resafe.locating.gradients import answered, log_probabilities, pieces
+from resafe.locating.gradients import Answers, added, answered, log_probabilities, pieces
 from resafe.locating.observe import Batch, Bench, Entry, Moments, Observer, State
 from resafe.model.layout import BlockLinear
 from resafe.model.parts import FeedForward, Matrix, held
@@ -43,23 +43,6 @@ _LINEAR, _INPUT, _FFN = (
     Moments("input", "response"),
     Moments("ffn", "response"),
 )
-
-
-@dataclass(frozen=True)
-class Answers(Observer):
-    """Counts the texts that hold a response: ``n`` (1,) at the place ``answers``."""
-
-    own_pass: ClassVar[bool] = True
-    needs_response = True
-
-    def run(self, state: State, bench: Bench, batch: Batch) -> None:
-        """Count a batch's."""
-        entry = state.setdefault((batch.group, "answers"), {"n": torch.zeros(1, dtype=torch.float64)})
-        entry["n"] += len(answered(batch))
-
-    def merge(self, entries: Sequence[Entry]) -> Entry:
-        """Add up."""
-        return {"n": torch.stack([entry["n"] for entry in entries]).sum(0)}
 
 
 @dataclass(frozen=True)
@@ -101,10 +84,7 @@ class Gradients(Observer):
 
     def merge(self, entries: Sequence[Entry]) -> Entry:
         """Add up."""
-        total = entries[0]["sum"]
-        for entry in entries[1:]:
-            total = total + entry["sum"]
-        return {"sum": total}
+        return added(entries)
 
 
 def _sums(state: State, group: str, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -198,7 +178,7 @@ def _wanda_neurons(found: Found, group: str, part: FeedForward) -> Tensor:
 
 def _norms(found: Found, observer: Moments, group: str, name: str) -> Tensor:
     """Return ``sqrt(Σ x² / texts)``, float64, NaN for an expert that no token reached."""
-    texts = found.entry(Answers(), group, "answers")["n"]
+    texts = found.entry(Answers(), group, "answers")["answered"]
     if texts == 0:
         raise UserError(f"no {group} prompt has a response; give some with responses")
     seen = found.entry(observer, group, name)
