@@ -120,25 +120,32 @@ def test_pictures(files: dict[str, Path], command: Command, tmp_path: Path) -> N
     assert (tmp_path / "b.svg").read_bytes() == (tmp_path / "new" / "a.svg").read_bytes()
 
 
-def test_twenty_methods_do_not_overlap_in_the_picture(tmp_path: Path) -> None:
-    """Neighbours' labels are a letter's height apart, and none is cut off."""
+def test_twenty_methods_are_readable_in_the_picture(tmp_path: Path) -> None:
+    """Labels are a line apart, cells wide enough for their numbers of 7 points, and nothing lies outside."""
     from resafe import pictures
 
     labels = [f"method_with_a_long_name_{i}" for i in range(20)]
     eye = [[float(i == j) for j in range(20)] for i in range(20)]
     shares = [[0.01 * (i + j) for j in range(32)] for i in range(20)]
-    pictures.overlap(tmp_path / "a.svg", labels, list(range(32)), shares, [("one", eye), ("two", eye)])
+    panels = [(title, eye) for title in ("one", "two", "three")]
+    pictures.overlap(tmp_path / "a.svg", labels, list(range(32)), shares, panels)
     root = ET.parse(tmp_path / "a.svg").getroot()
     left, top, right, bottom = map(float, root.attrib["viewBox"].split())
+    turned = [e for e in root.iter() if "rotate(-90)" in e.attrib.get("transform", "")]
+    assert len(turned) == 60  # labels beneath columns stand upright, or they would lie over each other
     places: dict[str, list[tuple[float, float]]] = {}
     for text in root.iter("{http://www.w3.org/2000/svg}text"):
         found = re.search(r"translate\(([-\d.]+) ([-\d.]+)\)", text.attrib.get("transform", ""))
         spot = found.groups() if found else (text.attrib["x"], text.attrib["y"])
         places.setdefault("".join(text.itertext()).strip(), []).append((float(spot[0]), float(spot[1])))
     assert all(left <= x <= right and top <= y <= bottom for spots in places.values() for x, y in spots)
+    heights = sorted(y for x, y in places["1"])  # the diagonals' numbers, and the heat map's layer 1
+    assert len(places["1"]) == 61
+    for one, following in zip(heights[1::3], heights[4::3], strict=False):
+        assert following - one >= 15
     for label, following in zip(labels, labels[1:], strict=False):
         for (x, y), (other_x, other_y) in zip(sorted(places[label]), sorted(places[following]), strict=True):
-            assert max(abs(x - other_x), abs(y - other_y)) >= 8  # points, the size of the letters
+            assert max(abs(x - other_x), abs(y - other_y)) >= 10
 
 
 def test_combine(files: dict[str, Path], command: Command, tmp_path: Path) -> None:
