@@ -118,13 +118,18 @@ def _declared(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor)
         return experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
 
     out = torch.zeros_like(hidden)
-    for expert in range(_count(module)):
+    for expert in _chosen(index):
         token, slot = torch.where(index == expert)
-        if len(token):
+        if expert < _count(module):  # a number beyond them stands for another machine's expert
             y = _inside(module, expert, token, hidden[token], activate)
             y = experts.post_expert_norm(y) if experts.has_post_expert_norm else y
             out = out.index_add(0, token, (y * weights[token, slot, None]).to(out.dtype))
     return out
+
+
+def _chosen(index: Tensor) -> list[int]:
+    """Return the experts that any token is routed to."""
+    return sorted(set(index.flatten().tolist()))
 
 
 def _count(module: nn.Module) -> int:
@@ -158,7 +163,7 @@ def _llama4(module: nn.Module, hidden: Tensor) -> Tensor:
 def _longcat(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Some of LongCat's experts have no neurons and pass their tokens on as they are."""
     out = torch.zeros_like(hidden)
-    for expert in sorted(set(index.flatten().tolist())):
+    for expert in _chosen(index):
         token, slot = torch.where(index == expert)
         y = hidden[token]
         if expert < _count(module):
@@ -182,7 +187,7 @@ def _dbrx(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> 
     """DBRX keeps all experts in one matrix, one below the other."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     out = torch.zeros_like(flat)
-    for expert in sorted(set(index.flatten().tolist())):
+    for expert in _chosen(index):
         token, slot = torch.where(index == expert)
         y = _inside(module, expert, token, flat[token], _gated(module, "mlp.activation_fn"))
         out = out.index_add(0, token, y * weights[token, slot, None])

@@ -36,6 +36,7 @@ DENSE: tuple[tuple[str | None, str, str], ...] = (
     (None, "dense_h_to_4h", "dense_4h_to_h"),
     (None, "intermediate.dense", "output.dense"),
     (None, "intermediate", "output"),
+    (None, "dense.dense", "output.dense"),
     (None, "lin1", "lin2"),
     (None, "layer_1", "layer_2"),
     (None, "key", "value"),
@@ -43,23 +44,22 @@ DENSE: tuple[tuple[str | None, str, str], ...] = (
 )
 DENSE_BY_CLASS = {"MoshiGatingMLP": ("fc1", "fc1", "fc2")}  # names of a plain part on a gated one
 
-# Modules, by any step of their path, in which there are no feed-forward neurons.
-NO_FEED_FORWARD = frozenset(
-    (
-        "self_attn self_attention self_att attention attn attentions rel_attn multi_head_attention encoder_attn "
-        "crossattention cross_attn cross_attn_layers "  # attention
-        "linear_attn mamba temporal_block mlstm_layer conv attn_sconv mlp_sconv post_attention_convolution "
-        "post_mlp_convolution "  # other ways to mix tokens
-        "gate router shared_expert_gate receptance "  # whom to ask, and how loudly
-        "input_layernorm post_attention_layernorm attn_hc ffn_hc attn_hyper_connection mlp_hyper_connection altup "
-        "laurel per_layer_input_gate per_layer_projection adapter_modules "  # around the residual stream
-        "vision_model vision_tower visual image_encoder embed_tokens_extend"  # other senses
-    ).split()
-)
-# Modules that are none themselves but may stand beside a part: where a mixer can also be a feed-forward block.
-NO_PART = frozenset(
-    "mixer conv1d in_proj out_proj x_proj dt_proj q_proj k_proj v_proj o_proj feed_forward".split()
-)
+# Modules, by any step of their path, in which there are no feed-forward neurons: attention, other ways to mix
+# tokens, routers and gates of whole blocks, what surrounds the residual stream, other senses than text.
+_NO_FEED_FORWARD = """
+self_attn self_attention self_att attention attn attentions rel_attn multi_head_attention encoder_attn
+crossattention cross_attn cross_attn_layers
+linear_attn mamba temporal_block mlstm_layer conv attn_sconv mlp_sconv post_attention_convolution
+post_mlp_convolution
+gate router shared_expert_gate receptance
+input_layernorm post_attention_layernorm attn_hc ffn_hc attn_hyper_connection mlp_hyper_connection altup laurel
+per_layer_input_gate per_layer_projection altup_projections altup_unembed_projections adapter_modules
+patcher vision_model vision_tower visual image_encoder visual_projection embed_tokens_extend
+"""
+NO_FEED_FORWARD = frozenset(_NO_FEED_FORWARD.split())
+# Maps that may stand beside a part, where a mixer can also be a feed-forward block.
+_NO_PART = "mixer conv1d in_proj out_proj x_proj dt_proj q_proj k_proj v_proj o_proj feed_forward linear"
+NO_PART = frozenset(_NO_PART.split())
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Matrix:
         axis: the weight's axis along which the neurons lie.
         neurons: where along that axis.
         inputs: whether the neurons are the map's inputs (down) or its outputs (gate, up).
-        stacked: how many experts lie one after the other along ``axis``; 1 where they have an axis of their own.
+        experts: the number of routed experts; None in a dense part.
+        stacked: whether the experts lie one after the other along ``axis``, without an axis of their own.
     """
 
     weight: str
@@ -84,7 +85,8 @@ class Matrix:
     axis: int
     neurons: slice
     inputs: bool
-    stacked: int = 1
+    experts: int | None = None
+    stacked: bool = False
 
     @property
     def tensor(self) -> Tensor:
@@ -102,24 +104,35 @@ class Matrix:
                 weight = weight + self.module.get_delta_weight(adapter)
         return weight
 
+    @property
+    def shape(self) -> torch.Size:
+        """The weight's shape."""
+        return held(self.module, self.attribute).shape
+
     def vectors(self, of: Tensor | None = None) -> Tensor:
         """Return each neuron's share, float32: (width, hidden), or (experts, width, hidden).
 
         ``of`` is another tensor laid out like the weight, such as its gradient.
         """
-        tensor, axis = self.tensor if of is None else of, self.axis
-        if self.stacked > 1:
-            tensor, axis = torch.unflatten(tensor, axis, (self.stacked, -1)), axis + 1
-        chosen = [slice(None)] * tensor.ndim
-        chosen[axis] = self.neurons
-        vectors: Tensor = torch.movedim(tensor[tuple(chosen)], axis, -2).float()
-        return vectors
+        return self.neurons_last(self.tensor if of is None else of).transpose(-1, -2).float()
+
+    def neurons_last(self, tensor: Tensor) -> Tensor:
+        """View a tensor laid out like the weight as (other axis, width), or (experts, other axis, width)."""
+        axis = self.axis
+        if self.stacked:
+            tensor, axis = torch.unflatten(tensor, axis, (self.experts or 1, -1)), axis + 1
+        every = [slice(None)] * tensor.ndim
+        every[axis] = self.neurons
+        if self.experts is not None:
+            every[0] = slice(0, self.experts)  # some have rows for experts that compute nothing
+        moved: Tensor = torch.movedim(tensor[tuple(every)], axis, -1)
+        return moved
 
     def of_expert(self, expert: int, x: Tensor) -> Tensor:
         """Apply one expert's map to ``x`` (n, in); for gate and up the outputs still lie in the stored order."""
         weight, axis = held(self.module, self.attribute), self.axis
-        if self.stacked > 1:
-            weight = weight.chunk(self.stacked, dim=axis)[expert]
+        if self.stacked:
+            weight = torch.unflatten(weight, axis, (self.experts or 1, -1))[expert]
         else:
             weight, axis = weight[expert], axis - 1
         name = None if self.bias is None else self.bias.rpartition(".")[2]
@@ -301,7 +314,8 @@ def read_experts(module: nn.Module, name: str, layer: int) -> FeedForward | None
             axis,
             neurons,
             inputs,
-            experts if stored.stacked else 1,
+            experts,
+            stored.stacked,
         )
 
     return FeedForward(
