@@ -66,6 +66,9 @@ _LATENT = """axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicp
 dots3_note_text"""
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 _HYBRID = {"num_hidden_layers": 4}
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+_THREE_ROPES = "qwen2_vl qwen2_5_vl glm4v paddleocr_vl qwen2_5_omni_thinker"
+_HALF_ROPES = "glm4v_moe glm46v glm_ocr glmga"
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(_LATENT.split(), _HEADS),
     "dots3_note": {
@@ -89,6 +92,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 32}},
     "deepseek_v2": {**_HEADS, "num_experts_per_tok": 2, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    **dict.fromkeys(_THREE_ROPES.split(), {"text_config": _SECTIONS}),
+    **dict.fromkeys(_HALF_ROPES.split(), {"text_config": {**_SECTIONS, "partial_rotary_factor": 1.0}}),
+    **dict.fromkeys(("kimi_k25", "mistral_large4", "mistral4"), {"text_config": _HEADS}),
+    "hunyuan_vl": {"text_config": {"head_dim": 8, **_ROPE}},
     "bamba": {"mamba_d_head": 16},
     "diffllama": {"num_key_value_heads": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -110,8 +117,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "head_dim": ...,
         "num_hidden_layers": 5,
-        "layers_block_type": ["linear_attention", "hybrid"] * 2 + ["linear_attention"],
+        "num_key_value_heads": 4,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
     },
     "zamba2": {
         "attention_hidden_size": ...,
@@ -185,7 +196,12 @@ def _merged(into: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in merged.items() if value is not ...}  # ... takes a size back
 
 
-ROWS_DIFFER = {"bitnet": "zeroed rows are another edit: a norm over all neurons stands before down"}
+class NotChecked(Exception):
+    """What transformers itself does stands in the way of a comparison."""
+
+
+_NORM = "zeroed rows are another edit: a norm over all neurons stands before down"
+ROWS_DIFFER = {"bitnet": _NORM, "kosmos-2.5": _NORM}
 
 
 @dataclass(frozen=True)
@@ -218,7 +234,9 @@ def examine(model_type: str, folder: Path) -> Row:
     kinds = ", ".join(dict.fromkeys(kind(part) for part in layout.parts))
     try:
         return Row(model_type, "works", kinds, compare(model, layout, before, folder))
-    except AssertionError as error:
+    except NotChecked as error:
+        return Row(model_type, "not built", kinds, str(error))
+    except (AssertionError, UserError) as error:
         return Row(model_type, "fails", kinds, str(error))
 
 
@@ -245,7 +263,8 @@ def compare(model: PreTrainedModel, layout: Layout, before: Tensor, folder: Path
     model.save_pretrained(folder)
     found = places(model, Checkpoint.open(folder))
     again = type(model).from_pretrained(folder, dtype=torch.float32).eval()
-    far(logits(again), before, close, "transformers does not load what it saved")
+    if float((logits(again) - before).abs().max()) > close:
+        raise NotChecked("transformers does not load what it saved")
     assert places(again).shares == found.shares, "a loaded model names its neurons in another way"
     file = folder / "model.safetensors"
     stored = load_file(file)

@@ -16,7 +16,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from resafe.errors import UserError, nearest
-from resafe.model.parts import NO_FEED_FORWARD, NO_PART, FeedForward, base, features, find_parts, matrices
+from resafe.model.parts import (
+    NO_FEED_FORWARD,
+    NO_PART,
+    FeedForward,
+    base,
+    features,
+    find_parts,
+    held,
+    matrices,
+)
 
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 FEED_FORWARD = (GATE, UP, DOWN)
@@ -157,6 +166,7 @@ def read_layout(model: PreTrainedModel | PeftModel) -> Layout:
     prefix = next(name for name, module in inner.named_modules() if module is decoder)
     parts = tuple(find_parts(decoder, prefix))
     _account(architecture, decoder, prefix, parts)
+    _no_sharing(architecture, parts)
     if not parts:
         raise UserError(f"{architecture} has no feed-forward block that resafe knows: choose another model")
     return Layout(architecture, parts, _blocks(inner, architecture, parts))
@@ -188,6 +198,18 @@ def _account(architecture: str, decoder: nn.Module, prefix: str, parts: tuple[Fe
             f"{architecture} holds {', '.join(strange.values())}, of which resafe does not know whether neurons lie "
             f"in them: choose another model or ask for {architecture}"
         )
+
+
+def _no_sharing(architecture: str, parts: tuple[FeedForward, ...]) -> None:
+    """Refuse two parts with one weight: then an edit of a neuron in one layer would be one in another, too."""
+    owner: dict[int, str] = {}
+    for part in parts:
+        for weight in {id(held(matrix.module, matrix.attribute)) for matrix in part.matrices}:
+            if owner.setdefault(weight, part.name) != part.name:
+                raise UserError(
+                    f"{part.name} of {architecture} has the weights of {owner[weight]}, so that its neurons "
+                    "cannot be edited by themselves: choose another model"
+                )
 
 
 def _blocks(model: PreTrainedModel, architecture: str, parts: tuple[FeedForward, ...]) -> tuple[Block, ...]:

@@ -55,12 +55,14 @@ class Share:
         role: as in `Place`.
         expert: the expert whose neurons these are; None for all experts, or for a dense part.
         axes: for each axis None, if it holds no neurons, or (offset, step of a neuron, step of an expert).
+        sizes: the tensor's extent along those axes; None along the others.
     """
 
     key: str
     role: str
     expert: int | None
     axes: tuple[tuple[int, int, int] | None, ...]
+    sizes: tuple[int | None, ...]
 
     def place(self, expert: int, neuron: int) -> Place:
         """Return where a neuron lies."""
@@ -120,23 +122,55 @@ def places(model: PreTrainedModel | PeftModel, view: Checkpoint | None = None) -
             twice or not at all.
     """
     inner, layout = plain(model), read_layout(model)
-    stored: dict[str, tuple[Share, ...]] = {}
-    own: dict[str, tuple[Share, ...]] = {}
-    for part in layout.parts:
-        numbered = dict(_numbered(part))
-        own[part.name] = _shares(part, numbered)
-        stored[part.name] = _shares(part, revert_weight_conversion(inner, numbered))
     parts = {part.name: part for part in layout.parts}
-    if view is None:
-        return Places(parts, stored)
-    for shares in (stored, own):
-        found = Places(parts, shares)
-        if set(found.tensors) <= set(view.names):
-            return found
-    missing = sorted(set(Places(parts, stored).tensors) - set(view.names))
+    numbered = {part.name: dict(_numbered(part)) for part in layout.parts}
+    ways = (_as_saved, _as_turned, _as_they_are)
+    stored = None if view is None else {name: tuple(view.info(name).shape) for name in view.names}
+    for way in ways if stored is not None else ways[:1]:
+        shares = {name: _shares(parts[name], way(inner, tensors)) for name, tensors in numbered.items()}
+        if stored is None or all(_fits(share, stored) for own in shares.values() for share in own):
+            return Places(parts, shares)
+    assert view is not None
     raise UserError(
-        f"{view.folder} does not hold {missing[0]}, where {layout.architecture} keeps neurons: "
-        "save the model again with save_pretrained"
+        f"{view.folder} does not hold the tensors in which {layout.architecture} keeps its neurons, "
+        f"such as {next(iter(numbered.values())).popitem()[0]}: save the model again with save_pretrained"
+    )
+
+
+class _Shapes:
+    """A model to transformers' conversion, whose parameters have the shapes that it is told."""
+
+    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+        self._model, self._tensors = model, tensors
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        """Some conversions turn a tensor if it has not its parameter's shape; ours are short along one axis."""
+        return self._tensors.get(name, torch.empty(0))
+
+
+def _as_saved(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert as `save_pretrained` does."""
+    return dict(revert_weight_conversion(_Shapes(model, tensors), tensors))
+
+
+def _as_turned(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert as if no shape were the parameter's: how older checkpoints store what is turned on loading."""
+    return dict(revert_weight_conversion(_Shapes(model, {}), tensors))
+
+
+def _as_they_are(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keep the model's own tensors and names."""
+    return tensors
+
+
+def _fits(share: Share, stored: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the checkpoint has this tensor in this shape."""
+    shape = stored.get(share.key, ())
+    return len(shape) == len(share.sizes) and all(
+        size in (None, there) for size, there in zip(share.sizes, shape, strict=True)
     )
 
 
@@ -187,7 +221,12 @@ def _shares(part: FeedForward, tensors: Mapping[str, Tensor]) -> tuple[Share, ..
         expert, neuron = rest.div(part.width, rounding_mode="floor"), rest % part.width
         for kind in sorted(set(role.tolist())):
             chosen = role == kind
-            shares.append(_share(part, key, ROLES[kind], at[chosen], expert[chosen], neuron[chosen], free))
+            axes = _axes(part, key, at[chosen], expert[chosen], neuron[chosen], free)
+            only = int(expert[chosen][0]) if len(set(expert[chosen].tolist())) == 1 else None
+            sizes = tuple(
+                None if axis is None else size for axis, size in zip(axes, tensor.shape, strict=True)
+            )
+            shares.append(Share(key, ROLES[kind], None if part.experts is None else only, axes, sizes))
         seen.index_put_((role, expert, neuron), torch.tensor(1), accumulate=True)
     wanted = [role in _roles(part) for role in ROLES]
     if not torch.equal(seen, torch.tensor(wanted).long()[:, None, None].expand_as(seen)):
@@ -207,24 +246,22 @@ def _is_free(tensor: Tensor, axis: int) -> bool:
     return tensor.shape[axis] > 1 and bool((tensor == tensor.narrow(axis, 0, 1)).all())
 
 
-def _share(
-    part: FeedForward, key: str, role: str, at: Tensor, expert: Tensor, neuron: Tensor, free: list[int]
-) -> Share:
+def _axes(
+    part: FeedForward, key: str, at: Tensor, expert: Tensor, neuron: Tensor, free: list[int]
+) -> tuple[tuple[int, int, int] | None, ...]:
     """Fit ``index = offset + step * neuron + stride * expert`` on each axis; it must be exact everywhere."""
-    several = bool((expert != expert[0]).any())
     axes: list[tuple[int, int, int] | None] = []
     for axis in range(at.shape[1]):
         if axis in free:
             axes.append(None)
             continue
         index = at[:, axis]
-        step = _slope(index, neuron, expert)
-        stride = _slope(index, expert, neuron) if several else 0
+        step, stride = _slope(index, neuron, expert), _slope(index, expert, neuron)
         offset = int(index[0] - step * neuron[0] - stride * expert[0])
         if not torch.equal(index, offset + step * neuron + stride * expert):
             raise UserError(f"{key} holds the neurons of {part.name} in an order that resafe does not know")
         axes.append((offset, step, stride))
-    return Share(key, role, None if several or part.experts is None else int(expert[0]), tuple(axes))
+    return tuple(axes)
 
 
 def _slope(index: Tensor, by: Tensor, fixed: Tensor) -> int:
