@@ -146,6 +146,9 @@ def locate(
     new_tokens: Annotated[int, typer.Option(help="The most tokens of a response the model gives.")] = 64,
     batch_size: Annotated[int | None, typer.Option(help="Prompts in a batch.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or map to spread over all devices.")] = "auto",
+    four_bit: Annotated[
+        bool, typer.Option("--4bit", help="Hold the weights in 4 bits (extra: quantized).")
+    ] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -168,6 +171,7 @@ def locate(
             new_tokens=new_tokens,
             batch_size=batch_size,
             device=device,
+            four_bit=four_bit,
             seed=seed,
             progress=screen.step,
         )

@@ -78,6 +78,7 @@ def locate(
     new_tokens: int = NEW_TOKENS,
     batch_size: int | None = None,
     device: str = "auto",
+    four_bit: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LocateResult:
@@ -97,6 +98,7 @@ def locate(
         new_tokens: the most tokens of a response that the model has to give itself.
         batch_size: prompts in a batch.
         device: where to run; ``auto``, a torch device, or ``map`` to spread the model over all there are.
+        four_bit: hold the weights in 4 bits, for methods that read activations alone.
         seed: seed of the halves.
         progress: called with (step, done, total).
 
@@ -116,8 +118,11 @@ def locate(
     prompts, judge = for_locating(opened.config, harmful, benign)
     notes: list[str] = []
     with threads_for(opened):
-        loaded = load(opened.folder, merge=True, device=device)
-        other = load(reference, merge=True, device=device) if reference is not None else None
+        loaded, other = (
+            None if one is None else load(one, merge=True, device=device, four_bit=four_bit)
+            for one in (opened.folder, reference)
+        )
+        assert loaded is not None
         if method == "all":
             made = _able(made, other, bool(prompts.harmful), bool(prompts.benign), notes)
         bench = Bench.of(loaded, other)

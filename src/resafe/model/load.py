@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -25,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from resafe.errors import UserError, nearest
 from resafe.model.chat import template_kind
+from resafe.model.layout import plain
 from resafe.weights.adapter import Adapter, base_folder
 from resafe.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json, resolve
 
@@ -59,7 +62,7 @@ class LoadedModel:
     @property
     def quantized(self) -> bool:
         """Whether weights are held in fewer bits than they can be read in."""
-        return getattr(self.model.config, "quantization_config", None) is not None
+        return plain(self.model).config.to_dict().get("quantization_config") is not None
 
     @property
     def chat_template(self) -> Literal["chat", "none"]:
@@ -67,7 +70,14 @@ class LoadedModel:
         return template_kind(self.tokenizer)
 
 
-def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", merge: bool = False) -> LoadedModel:
+def load(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    merge: bool = False,
+    four_bit: bool = False,
+) -> LoadedModel:
     """Load a dense folder, a Hub id (``id@revision``) or a PEFT adapter folder.
 
     Code that comes with a checkpoint is never run, and every weight must come from the files: a weight that
@@ -77,25 +87,35 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", merge:
         model: the folder or id.
         dtype: ``float32``, ``bfloat16``, ``float16``; ``auto`` is float32 on the CPU and the checkpoint's own
             type on an accelerator.
-        device: a torch device; ``auto`` is the accelerator where there is one.
+        device: a torch device; ``auto`` is the accelerator where there is one; ``map`` spreads a model that is
+            larger than one device over all there are, and over memory.
         merge: add an adapter into its base's weights, in float32, instead of computing it beside them.
+        four_bit: hold the weights in 4 bits (NF4, bitsandbytes). Activations can be looked at; weights cannot.
 
     Raises:
         UserError: when the folder is not a causal language model that transformers can load as it is.
     """
-    where = _device(device)
+    spread = device == "map"
+    where = _device("auto" if spread else device)
     folder = resolve(model)
     adapted = (folder / ADAPTER_CONFIG).is_file()
     dense = base_folder(folder) if adapted else folder
     _check_config(dense)
     kind = _dtype(dtype, where)
+    if four_bit and adapted:
+        raise UserError(f"{folder} is an adapter, which cannot be read on a 4-bit base; merge it first")
+    placed: dict[str, object] = {"device_map": "auto"} if spread else {}
+    if four_bit:
+        placed = {"device_map": "auto" if spread else {"": where}, "quantization_config": _four_bits(where)}
     with _quiet():
-        loaded = _load_dense(dense, torch.float32 if adapted and merge else kind)
+        loaded = _load_dense(dense, torch.float32 if adapted and merge else kind, placed)
         if adapted:
             loaded = _adapt(loaded, folder)
             if merge:
                 loaded = loaded.merge_and_unload().to(_stored_dtype(dense) if kind == "auto" else kind)
-    loaded = loaded.to(where).eval().requires_grad_(False)
+    if not placed:
+        loaded = loaded.to(where)
+    loaded = loaded.eval().requires_grad_(False)
     return LoadedModel(loaded, _load_tokenizer(folder, dense), str(model))
 
 
@@ -139,7 +159,17 @@ def _check_config(folder: Path) -> None:
         )
 
 
-def _load_dense(folder: Path, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+def _four_bits(where: torch.device) -> BitsAndBytesConfig:
+    """Return the settings of 4-bit loading."""
+    if find_spec("bitsandbytes") is None:
+        raise UserError("4-bit loading needs bitsandbytes; install resafe with its extra: resafe[quantized]")
+    compute = torch.float32 if where.type == "cpu" else torch.bfloat16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _load_dense(
+    folder: Path, dtype: torch.dtype | Literal["auto"], placed: Mapping[str, object]
+) -> PreTrainedModel:
     Checkpoint.open(folder)  # says what is wrong with missing, pickled or damaged files
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -149,6 +179,7 @@ def _load_dense(folder: Path, dtype: torch.dtype | Literal["auto"]) -> PreTraine
         local_files_only=True,
         ignore_mismatched_sizes=True,  # counted below and refused, in our words
         output_loading_info=True,
+        **placed,
     )
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(name) for name in info[what])
