@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from resafe.locating.lowrank import Calibration, get_weight, set_weight
 from resafe.model.load import LoadedModel
 from resafe.repairing.base import blend
-from resafe.repairing.calibrate import Calibration, get_weight, set_weight
 from resafe.repairing.nlsr import NLSR, Regions, _module_order
 from resafe.repairing.space import FactorSpace
 from resafe.weights.adapter import Adapter

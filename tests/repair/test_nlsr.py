@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from resafe.errors import UserError
+from resafe.locating.lowrank import set_weight
 from resafe.model.chat import encode_with_response
 from resafe.model.load import LoadedModel, load
 from resafe.neurons import NeuronSet
-from resafe.repairing.calibrate import set_weight
 from resafe.repairing.engine import Edit
 from resafe.repairing.nlsr import NLSR, Regions, common_basis
 from resafe.repairing.space import DenseSpace, FactorSpace

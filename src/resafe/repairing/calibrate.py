@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,21 +10,14 @@ from torch import Tensor
 from resafe.errors import UserError
 from resafe.evaluate.judge import Judge, Verdict
 from resafe.evaluate.prompts import Prompt
+from resafe.locating.lowrank import Calibration, Source, accumulate
 from resafe.model.chat import encode, encode_with_response
-from resafe.model.generate import by_length, forward_batches, generate, pad_right, rows_per_batch
-from resafe.model.hooks import block_output, capture, input_of
-from resafe.model.layout import linear_names, read_layout
+from resafe.model.generate import by_length, generate, pad_right, rows_per_batch
+from resafe.model.hooks import block_output, capture
+from resafe.model.layout import read_layout
 from resafe.model.load import LoadedModel
 
 _NEW_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Token ids of prompts with their responses, and where each response starts."""
-
-    ids: Sequence[Sequence[int]]
-    starts: Sequence[int]
 
 
 def with_responses(loaded: LoadedModel, prompts: Sequence[Prompt], judge: Judge | None) -> Calibration:
@@ -62,45 +54,15 @@ def prompts_only(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Calibration:
     return Calibration(ids, [0] * len(ids))
 
 
-def accumulate(
-    loaded: LoadedModel, text: Calibration, names: Iterable[str], see: Callable[[str, Tensor], None]
-) -> None:
-    """Run the model over ``text`` and hand ``see`` each matrix's inputs at the counted tokens, (tokens, in)."""
-    mask: list[Tensor] = []
-
-    def watch(name: str) -> Callable[[Tensor], None]:
-        return lambda inputs: see(name, inputs[mask[0]].float())
-
-    with capture(loaded.model, {input_of(name): watch(name) for name in names}) as recorder:
-        for ids, attention, counted in forward_batches(loaded, text.ids, text.starts):
-            mask[:] = [counted]
-            with torch.no_grad():
-                loaded.model(input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=1)
-    if recorder.silent:
-        raise UserError(f"the calibration run never reached {recorder.silent[0].name}")
-
-
-def grams(loaded: LoadedModel, text: Calibration, left: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``G = Σ h hᵀ`` with ``h = A x`` per module, float64 (r, r); ``left`` gives A by weight name."""
-    sums = {name: torch.zeros(a.shape[0], a.shape[0], dtype=torch.float64) for name, a in left.items()}
-
-    def see(name: str, x: Tensor) -> None:
-        h = (x @ left[name].to(x).T).double()
-        sums[name] += (h.T @ h).cpu()
-
-    accumulate(loaded, text, left, see)
-    return sums
-
-
 def input_norms(loaded: LoadedModel, text: Calibration, names: Iterable[str]) -> dict[str, Tensor]:
     """Return ``sqrt(Σ_tokens x_j² / n_texts)`` of each matrix's inputs, float32 (in,), as Wanda uses it."""
     sums: dict[str, Tensor] = {}
 
-    def see(name: str, x: Tensor) -> None:
+    def see(source: Source, x: Tensor) -> None:
         square = x.double().square().sum(0).cpu()
-        sums[name] = sums[name] + square if name in sums else square
+        sums[source.name] = sums[source.name] + square if source.name in sums else square
 
-    accumulate(loaded, text, names, see)
+    accumulate(loaded, text, map(Source, names), see)
     return {name: (total / len(text.ids)).sqrt().float() for name, total in sums.items()}
 
 
@@ -132,24 +94,11 @@ def input_samples(
     samples: dict[str, list[Tensor]] = {}
     held: dict[str, int] = {}
 
-    def see(name: str, x: Tensor) -> None:
-        room = limit - held.get(name, 0)
+    def see(source: Source, x: Tensor) -> None:
+        room = limit - held.get(source.name, 0)
         if room > 0:
-            samples.setdefault(name, []).append(x[:room].cpu())
-            held[name] = held.get(name, 0) + min(room, len(x))
+            samples.setdefault(source.name, []).append(x[:room].cpu())
+            held[source.name] = held.get(source.name, 0) + min(room, len(x))
 
-    accumulate(loaded, text, names, see)
+    accumulate(loaded, text, map(Source, names), see)
     return {name: torch.cat(rows) for name, rows in samples.items()}
-
-
-def get_weight(loaded: LoadedModel, name: str) -> Tensor:
-    """Return one block matrix of a model in memory, float32 on the CPU."""
-    return linear_names(loaded.model)[name].get_parameter("weight").detach().float().cpu()
-
-
-def set_weight(loaded: LoadedModel, name: str, value: Tensor) -> None:
-    """Replace one block matrix of a model in memory."""
-    module = linear_names(loaded.model)[name]
-    weight = module.get_parameter("weight")
-    with torch.no_grad():
-        weight.copy_(value.to(weight.dtype))

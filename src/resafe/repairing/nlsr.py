@@ -29,18 +29,13 @@ import torch
 from torch import Tensor
 
 from resafe.errors import UserError
+from resafe.locating.lowrank import get_weight, set_weight
+from resafe.locating.nlsr import LowRank
 from resafe.model.load import LoadedModel, load
 from resafe.neurons import NeuronSet, Site, layer_of
 from resafe.registry import Badge, Need, method
 from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
-from resafe.repairing.calibrate import (
-    Calibration,
-    get_weight,
-    grams,
-    input_samples,
-    set_weight,
-    with_responses,
-)
+from resafe.repairing.calibrate import input_samples, with_responses
 from resafe.repairing.space import (
     PARTS,
     AnySpace,
@@ -94,7 +89,7 @@ class Regions:
     ),
 )
 @dataclass(frozen=True)
-class NLSR(Repair):
+class NLSR(LowRank, Repair):
     """Transplant damaged safety neurons of the adapter from the amplified aligned adapter.
 
     Attributes:
@@ -194,48 +189,6 @@ class NLSR(Repair):
         }
         return Regions(masks, rotations, basis=basis, model=model)
 
-    def project_all(
-        self, loaded: LoadedModel, text: Calibration, factors: Mapping[str, Factors]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return Â and B̂ of each module, given the reference model in memory."""
-        projected: dict[str, tuple[Tensor, Tensor]] = {}
-        for group in self._groups(factors):
-            found = grams(loaded, text, {name: factors[name].a for name in group})
-            for name in group:
-                projected[name] = self.project(factors[name], found[name])
-                if self.propagate:
-                    change = Factors(*projected[name], factors[name].scale).delta() - factors[name].delta()
-                    set_weight(loaded, name, get_weight(loaded, name) + change)
-        return projected
-
-    def _groups(self, factors: Mapping[str, Factors]) -> list[list[str]]:
-        if not self.propagate:
-            return [list(factors)]
-        layers = sorted({layer_of(name) for name in factors})
-        return [[name for name in factors if layer_of(name) == layer] for layer in layers]
-
-    def project(self, factors: Factors, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``Â = E Eᵀ A`` and ``B̂ = Q F Fᵀ R`` from the Gram matrix (r, r) of the bottleneck."""
-        a, b = factors.a.double(), factors.b.double()
-        e = _top(gram, self._rank(*a.shape))
-        q, r = torch.linalg.qr(b)
-        f = _top(r @ gram @ r.T, self._rank(*b.shape))
-        return (e @ (e.T @ a)).float(), (q @ (f @ (f.T @ r))).float()
-
-    def _rank(self, out: int, width: int) -> int:
-        if isinstance(self.keep_rank, int):
-            return max(1, min(self.keep_rank, out, width))
-        share = self.sparsity if self.keep_rank == "reference" else 1.0 - self.sparsity
-        return max(1, int(min(out, width) * share + 1e-9))
-
-    def largest(self, projected: Tensor) -> Tensor:
-        """Return the entries strictly above the P_SR quantile of ``|Ŵ|``, per matrix or per row."""
-        score = projected.abs()
-        flat = score.reshape(1, -1) if self.scope == "matrix" else score
-        index = int(flat.shape[1] * self.sparsity)
-        threshold = flat.kthvalue(index + 1, dim=1, keepdim=True).values
-        return (flat > threshold).reshape(score.shape)
-
     # Step 3 ------------------------------------------------------------------------------------------
 
     def space(self, job: Job, statistics: object) -> AnySpace:
@@ -327,7 +280,7 @@ class NLSR(Repair):
         reference = aligned_delta * ((2 * self.beta) ** 2 if self.amplify == "per-factor" else 1 + self.beta)
         tuned = unit.delta() + aligned_delta
         s = regions.inputs[unit.name] @ reference.T  # (tokens, out)
-        v = torch.linalg.svd(s, full_matrices=False).Vh[: self._rank(*reference.shape)].T  # (out, k)
+        v = torch.linalg.svd(s, full_matrices=False).Vh[: self.kept_rank(*reference.shape)].T  # (out, k)
         return reference, tuned, self.largest(v @ (v.T @ reference))
 
     def _dense_inputs(self, job: Job) -> dict[str, Tensor]:
@@ -401,14 +354,6 @@ def _given_masks(neurons: NeuronSet, model: str, reference: Adapter) -> dict[str
             f"the neuron set lacks {sorted(missing)[0]}; find the neurons of this reference again"
         )
     return dict(neurons.masks)
-
-
-def _top(symmetric: Tensor, k: int) -> Tensor:
-    """Return the eigenvectors of the k largest eigenvalues that are not zero, as columns."""
-    values, vectors = torch.linalg.eigh(symmetric)  # ascending
-    kept = min(k, max(1, int((values > values[-1].clamp(min=0) * 1e-12).sum())))
-    top: Tensor = vectors[:, -kept:]
-    return top
 
 
 def _flat_cosine(one: Tensor, other: Tensor) -> float:
