@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from resafe.locating.base import Found, Locate
 from resafe.locating.observe import Bench, Text, observe
+from resafe.locating.probe import NeuroStrike, zscores
 from resafe.locating.pruning import SetDifference, Snip, Wanda
+from resafe.model.hooks import silence
 from resafe.model.load import LoadedModel
 from resafe.neurons import NeuronScores, NeuronSet
 from tests.model.tiny import tokenizer
@@ -121,3 +123,77 @@ def test_set_difference(golden: Path, calibration: Calibration, tmp_path: Path, 
         assert chosen.masks.keys() == wanted.keys()
         for name, mask in wanted.items():
             assert int((chosen.masks[name] ^ mask).sum()) <= 1e-3 * mask.numel(), (file.name, name)
+
+
+@pytest.fixture(scope="module")
+def neurostrike(golden: Path) -> dict[str, object]:
+    if not (golden / "neurostrike").is_dir():
+        pytest.skip(f"no outputs of NeuroStrike's code at {golden / 'neurostrike'}")
+    return description(golden, "neurostrike")
+
+
+def test_probes_of_neurostrike(
+    golden: Path, calibration: Calibration, tmp_path: Path, neurostrike: dict[str, object]
+) -> None:
+    wanted = load_file(golden / "neurostrike" / "llama.probe.nopad.safetensors")
+    rows = load_file(golden / "neurostrike" / "llama.max_activations.nopad.safetensors")
+    bench = Bench.of(loaded(golden / "inputs" / "llama" / "aligned"))
+    method = NeuroStrike(min_prompts=1)
+    found = look(bench, texts_of(calibration, "harmful", "benign"), method, tmp_path)
+    state = torch.get_rng_state()
+    probes = method.probes(found)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert 2 * len(probes) == len(wanted)
+    for part in bench.layout.parts:
+        for where in method.maps:
+            module = f"{part.name}.{where}_proj"
+            (task,) = method.tasks(found, part, where)
+            torch.testing.assert_close(task.inputs, rows[module], rtol=0, atol=5e-5)
+            weight = probes[part.name, where]
+            torch.testing.assert_close(weight, wanted[f"{module}.weight"], rtol=0, atol=2e-3)
+            torch.testing.assert_close(zscores(weight), wanted[f"{module}.zscore"], rtol=0, atol=2e-2)
+
+
+def test_neurons_of_neurostrike(
+    golden: Path, calibration: Calibration, tmp_path: Path, neurostrike: dict[str, object]
+) -> None:
+    zs = load_file(golden / "neurostrike" / "llama.probe.nopad.safetensors")
+    bench = Bench.of(loaded(golden / "inputs" / "llama" / "aligned"))
+    found = look(bench, texts_of(calibration, "harmful", "benign"), NeuroStrike(), tmp_path)
+    for site in ("gate", "up"):
+        scores, _ = located(NeuroStrike(site=site), found)  # type: ignore[arg-type]
+        for module, threshold, neurons in recorded_neurons(neurostrike):
+            part, _, projection = module.rpartition(".")
+            if projection.startswith(site):
+                chosen = NeuroStrike(threshold=threshold).choose(scores).masks[part]
+                near = (zs[f"{module}.zscore"].abs() - threshold).abs() < 0.03
+                mine = set(chosen.nonzero().flatten().tolist())
+                assert mine ^ set(neurons) <= set(near.nonzero().flatten().tolist()), module
+
+
+def recorded_neurons(neurostrike: dict[str, object]) -> list[tuple[str, float, list[int]]]:
+    selected = neurostrike["runs"]["nopad"]["selected_neurons"]  # type: ignore[index]
+    assert selected
+    return [(*_module_and_threshold(key), neurons) for key, neurons in selected.items()]
+
+
+def _module_and_threshold(key: str) -> tuple[str, float]:
+    module, _, threshold = key.rpartition(".threshold")
+    return module, float(threshold)
+
+
+def test_logits_without_the_neurons_of_neurostrike(
+    golden: Path, calibration: Calibration, neurostrike: dict[str, object]
+) -> None:
+    bench = Bench.of(loaded(golden / "inputs" / "llama" / "aligned"))
+    masks = {part.name: torch.zeros(part.shape, dtype=torch.bool) for part in bench.layout.parts}
+    for module, threshold, neurons in recorded_neurons(neurostrike):
+        if threshold == 2.0:
+            masks[module.rpartition(".")[0]][neurons] = True
+    ids = torch.tensor([calibration["harmful"][0]["prompt_ids"]])
+    wanted = load_file(golden / "neurostrike" / "llama.pruned_logits.safetensors")
+    for name, pruned in (("logits_intact", {}), ("logits_pruned_threshold2", masks)):
+        with silence(bench.loaded.model, pruned):
+            torch.testing.assert_close(
+                bench.loaded.model(input_ids=ids).logits[0], wanted[name], rtol=0, atol=2e-4
+            )

@@ -42,6 +42,13 @@ def texts(count: int = 12, seed: int = 0, response: int = 4, languages: Sequence
     return found
 
 
+def alike(count: int, seed: int = 0) -> list[Text]:
+    """Make prompts of two kinds that nothing tells apart."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(10, 90, (2 * count, 6), generator=generator).tolist()
+    return [Text(tuple(row), 6, ("harmful", "benign")[i % 2], i // 2) for i, row in enumerate(ids)]
+
+
 def look(
     bench: Bench, texts: Sequence[Text], method: Locate, folder: Path, folds: int = 2, batch_size: int = 5
 ) -> Found:
@@ -114,6 +121,45 @@ def planted(bench: Bench, masks: Mapping[str, Tensor], amount: float) -> Iterato
             yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def planted_in_maps(
+    bench: Bench, masks: Mapping[str, Tensor], texts: Sequence[Text], amount: float
+) -> Iterator[None]:
+    """Add a constant to chosen neurons' gate and up outputs on every token of harmful texts, and to no others'.
+
+    A direction is added to what enters the parts on harmful texts; of the neurons only the chosen ones read it.
+    """
+    harmful: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def remember(module: object, args: object, kwargs: dict[str, Tensor]) -> None:
+        ids, attention = kwargs["input_ids"], kwargs["attention_mask"].bool()
+        rows = [tuple(row[real].tolist()) in meant for row, real in zip(ids, attention, strict=True)]
+        harmful[:] = [torch.tensor(rows)[:, None].expand_as(ids)]
+
+    meant = {text.ids for text in texts if text.group == "harmful"}
+    handles = [bench.loaded.model.register_forward_pre_hook(remember, with_kwargs=True)]
+    for name, mask in masks.items():
+        part = bench.layout.part(name)
+        step = torch.randn(part.up.vectors().shape[-1], generator=generator)
+        step /= step.norm()
+        for matrix in part.matrices[:-1]:
+            weights = view(matrix)
+            weights -= (weights @ step)[..., None] * step
+            weights[mask] += amount * step
+
+        def add(module: object, args: tuple[Tensor, ...], step: Tensor = step) -> tuple[Tensor, ...]:
+            where = harmful[0].reshape(*args[0].shape[:-1], 1)
+            return (args[0] + where * step, *args[1:])
+
+        handles.append(part.module.register_forward_pre_hook(add))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def view(matrix: Matrix) -> Tensor:
