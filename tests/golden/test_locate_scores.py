@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from resafe.locating.base import Found, Locate
+from resafe.locating.contrast import SafetyNeurons
 from resafe.locating.observe import Bench, Text, observe
 from resafe.locating.probe import NeuroStrike, zscores
 from resafe.locating.pruning import SetDifference, Snip, Wanda
 from resafe.model.hooks import silence
 from resafe.model.load import LoadedModel
 from resafe.neurons import NeuronScores, NeuronSet
+from tests.golden.conftest import GOLDEN
 from tests.model.tiny import tokenizer
 
 Calibration = dict[str, list[dict[str, list[int]]]]
@@ -197,3 +200,56 @@ def test_logits_without_the_neurons_of_neurostrike(
             torch.testing.assert_close(
                 bench.loaded.model(input_ids=ids).logits[0], wanted[name], rtol=0, atol=2e-4
             )
+
+
+def safety_neuron_files() -> list[str]:
+    folder = GOLDEN / "safety_neuron"
+    return sorted(file.name for file in folder.glob("*.safetensors")) if folder.is_dir() else []
+
+
+def other_model(inputs: Path, family: str, name: str) -> LoadedModel:
+    """Load the second model of a golden comparison by its name."""
+    if name == "aligned_full":
+        return loaded(inputs / family / "aligned")
+    base = loaded(inputs / family / "base")
+    model = (
+        PeftModel.from_pretrained(base.model, inputs / family / "aligned_adapter")
+        .eval()
+        .requires_grad_(False)
+    )
+    if name == "aligned_adapter":  # the released code leaves an adapter's feed-forward factors unused
+        for parameter, tensor in model.named_parameters():
+            if ".mlp." in parameter and "lora_B" in parameter:
+                tensor.zero_()
+    return LoadedModel(model, base.tokenizer, name)
+
+
+@pytest.mark.skipif(not safety_neuron_files(), reason=f"no outputs of SafetyNeuron's code at {GOLDEN}")
+@pytest.mark.parametrize("file", safety_neuron_files())
+def test_safety_neurons(golden: Path, calibration: Calibration, tmp_path: Path, file: str) -> None:
+    family, comparison, tokens = file.removesuffix(".safetensors").split(".")
+    inputs = golden / "inputs"
+    reference = loaded(inputs / family / "base")
+    model = other_model(inputs, family, comparison.removeprefix("base_vs_"))
+    method = SafetyNeurons(tokens=tokens)  # type: ignore[arg-type]
+    bench = Bench.of(model, reference)
+    found = look(bench, texts_of(calibration, "harmful"), method, tmp_path)
+    wanted = load_file(golden / "safety_neuron" / file)
+    statistics = [method.statistics(found, part.name) for part in bench.layout.parts]
+    for mine, theirs in {
+        "change": "change_scores",
+        "first_mean": "first_mean",
+        "first_std": "first_std",
+        "second_mean": "second_mean",
+        "second_std": "second_std",
+    }.items():
+        values = torch.stack([one[mine] for one in statistics]).float()
+        torch.testing.assert_close(values, wanted[theirs], rtol=1e-4, atol=2e-6)
+    scores, chosen = located(method, found)
+    for share in (0.05, 0.2):
+        chosen = scores.top(share=share)
+        ranked = wanted["neuron_ranks"][: len(chosen)]
+        theirs_set = {(int(layer), None, int(neuron)) for layer, neuron in ranked}
+        least = wanted["change_scores"][tuple(ranked[-1])]
+        for layer, _, neuron in theirs_set ^ set(chosen.neurons()):
+            assert float(wanted["change_scores"][layer, neuron]) == pytest.approx(float(least), rel=1e-4)
