@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from resafe.errors import UserError
+from resafe.locating.fgsn import layer_gap, safety_band, top_share
 from resafe.neurons import NeuronSet
-from resafe.repairing.fgsn import FGSN, Activity, layer_gap, safety_band, top_share
+from resafe.repairing.fgsn import FGSN, Activity
 from resafe.repairing.space import DenseSpace, RowSpace
 from resafe.weights.adapter import Adapter
 from resafe.weights.checkpoint import Checkpoint
@@ -165,7 +166,15 @@ def test_the_band_of_an_adapter_counts_layers_of_its_base(root: Path) -> None:
 def test_the_gap_and_its_band() -> None:
     generator = torch.Generator().manual_seed(0)
     benign, harmful = torch.randn(6, 5, 8, generator=generator), torch.randn(7, 5, 8, generator=generator)
-    gap = layer_gap(benign, harmful)
+    entries = {
+        (group, f"layer.{layer}"): {
+            "n": torch.tensor([float(len(x))]).double(),
+            "sum": torch.nn.functional.normalize(x[:, layer].double(), dim=-1).sum(0),
+        }
+        for group, x in (("benign", benign), ("harmful", harmful))
+        for layer in range(5)
+    }
+    gap = layer_gap(lambda group, place: entries[group, place], 5)
     for layer in range(5):
         b, h = (torch.nn.functional.normalize(x[:, layer].double(), dim=-1) for x in (benign, harmful))
         among = [float(b[i] @ b[j]) for i in range(6) for j in range(6) if i != j]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from resafe.errors import UserError
 from resafe.locating.base import Found, Locate, Values, check_share, difference, score
+from resafe.locating.gradients import added
 from resafe.locating.observe import Bench, Entry, Moments, Observer, Taps, Text, View, batches
 from resafe.model.directions import ablate_direction, add_direction
 from resafe.model.load import LoadedModel
@@ -72,7 +73,7 @@ class Tails(Observer):
 
     def merge(self, entries: Sequence[Entry]) -> Entry:
         """Add up."""
-        return {key: torch.stack([entry[key] for entry in entries]).sum(0) for key in ("n", "sum")}
+        return added(entries)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,7 @@ from resafe.evaluate.judge import Judge, Verdict
 from resafe.evaluate.prompts import Prompt
 from resafe.locating.lowrank import Calibration, Source, accumulate
 from resafe.model.chat import encode, encode_with_response
-from resafe.model.generate import by_length, generate, pad_right, rows_per_batch
-from resafe.model.hooks import block_output, capture
-from resafe.model.layout import read_layout
+from resafe.model.generate import generate
 from resafe.model.load import LoadedModel
 
 _NEW_TOKENS = 64
@@ -64,27 +62,6 @@ def input_norms(loaded: LoadedModel, text: Calibration, names: Iterable[str]) ->
 
     accumulate(loaded, text, map(Source, names), see)
     return {name: (total / len(text.ids)).sqrt().float() for name, total in sums.items()}
-
-
-def last_token_states(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Tensor:
-    """Return the residual stream after every block at the last prompt token, float32 (prompts, layers, d)."""
-    ids = encode(loaded.tokenizer, prompts)
-    layers = len(read_layout(loaded.model))
-    rows: dict[int, Tensor] = {}
-    for chunk in by_length([len(text) for text in ids], rows_per_batch(loaded, None)):
-        tokens, attention, _ = pad_right(loaded, [ids[row] for row in chunk], [0] * len(chunk))
-        last = attention.sum(1) - 1  # (batch,)
-        states: list[Tensor] = []
-
-        def keep(hidden: Tensor, last: Tensor = last, into: list[Tensor] = states) -> None:
-            into.append(hidden[torch.arange(len(last)), last].float().cpu())
-
-        sites = {block_output(layer): keep for layer in range(layers)}
-        with capture(loaded.model, sites), torch.no_grad():
-            loaded.model(input_ids=tokens, attention_mask=attention, use_cache=False, logits_to_keep=1)
-        for place, row in enumerate(chunk):
-            rows[row] = torch.stack([state[place] for state in states])
-    return torch.stack([rows[row] for row in range(len(ids))])
 
 
 def input_samples(

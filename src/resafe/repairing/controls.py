@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resafe.errors import UserError
+from resafe.locating.fgsn import parse_band
 from resafe.neurons import layer_of, shuffled
 from resafe.registry import Badge, Need, get, method
 from resafe.repairing.base import Job, Plan, Repair, Target, Unit
@@ -188,26 +189,6 @@ class RandomNeurons(_Imitation):
     def _shuffle(self, key: str, target: Target) -> Target:
         mask = target.mask
         return target if mask is None else Target(target.value, shuffled(mask, self.seed, key))
-
-
-def parse_band(text: str, layers: int) -> range:
-    """Read a band of layers such as ``4-7`` (both ends belong to it), ``5``, or ``50%-100%`` of the depth.
-
-    Raises:
-        UserError: the text is no band.
-    """
-    first, _, last = text.partition("-")
-    try:
-        if first.endswith("%"):
-            low, high = (float(end.removesuffix("%")) / 100 for end in (first, last))
-            band = range(round(low * layers), max(round(high * layers), round(low * layers) + 1))
-        else:
-            band = range(int(first), int(last or first) + 1)
-    except ValueError as error:
-        raise UserError(f"{text!r} is no band of layers; write it like 4-7 or 50%-100%") from error
-    if not band:
-        raise UserError(f"the band {text!r} is empty; write the lower layer first")
-    return band
 
 
 def in_band(names: Iterable[str], text: str | None) -> frozenset[str]:

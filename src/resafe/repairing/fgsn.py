@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 
 from resafe.errors import UserError
+from resafe.locating.fgsn import LastStates, layer_gap, parse_band, row_scores, safety_band, top_share
+from resafe.locating.observe import Bench, State, Text, batches
+from resafe.model.chat import encode
 from resafe.model.load import load
 from resafe.neurons import NeuronSet, Site, layer_of
 from resafe.registry import Badge, Need, method
 from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
-from resafe.repairing.calibrate import input_norms, last_token_states, prompts_only, with_responses
-from resafe.repairing.controls import parse_band
+from resafe.repairing.calibrate import input_norms, prompts_only, with_responses
 from resafe.repairing.space import block_matrices, depth
 from resafe.weights.checkpoint import fingerprint
 from resafe.weights.lowrank import left_singular
-
-_FLAT = 0.1  # of the largest growth
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class FGSN(Repair):
     def _score(self, entries: Tensor) -> Tensor:
         if self.neuron == "entry":
             return entries
-        return entries.sum(1) if self.row_score == "sum" else entries.norm(dim=1)
+        return row_scores(entries, self.row_score)
 
     def _cosine(self, unit: Unit) -> float:
         t = unit.weight() - self._aligned_weight(unit) if unit.kind is Kind.DENSE else unit.delta()
@@ -239,56 +239,17 @@ def _gap(job: Job) -> tuple[float, ...]:
     """Return the reference's gap per layer, from one pass over harmful and benign prompts."""
     key = ("gap", job.reference().folder)
     if key not in job.passes:
-        aligned = load(job.reference().folder, merge=True)
-        states = (last_token_states(aligned, prompts) for prompts in (job.benign, job.harmful))
-        job.passes[key] = layer_gap(*states)
+        bench = Bench.of(load(job.reference().folder, merge=True))
+        state: State = {}
+        for group, prompts in (("benign", job.benign), ("harmful", job.harmful)):
+            ids = encode(bench.loaded.tokenizer, prompts)
+            texts = [Text(tuple(row), len(row), group, number) for number, row in enumerate(ids)]
+            for batch in batches(bench.loaded, texts, None):
+                LastStates().run(state, bench, batch)
+        job.passes[key] = layer_gap(lambda group, place: state.get((group, place), {}), len(bench.layout))
     gap = job.passes[key]
     assert isinstance(gap, tuple)
     return gap
-
-
-def top_share(score: Tensor, share: float) -> Tensor:
-    """Return a mask of the ``int(share · n)`` highest scores, ties broken by position."""
-    mask = torch.zeros(score.numel(), dtype=torch.bool)
-    order = score.flatten().argsort(descending=True, stable=True)
-    mask[order[: int(share * score.numel() + 1e-9)]] = True
-    return mask.reshape(score.shape)
-
-
-def layer_gap(benign: Tensor, harmful: Tensor) -> tuple[float, ...]:
-    """Return mean cos(benign, benign) - mean cos(benign, harmful) per layer, over all pairs.
-
-    Args:
-        benign: hidden states, (prompts, layers, d).
-        harmful: hidden states, (prompts, layers, d).
-    """
-    b = torch.nn.functional.normalize(benign.double(), dim=-1)
-    h = torch.nn.functional.normalize(harmful.double(), dim=-1)
-    n = len(b)
-    if n < 2 or not len(h):
-        raise UserError(
-            "fgsn needs at least two benign prompts and one harmful one to find the safety layers"
-        )
-    mean_b, mean_h = b.mean(0), h.mean(0)  # (layers, d)
-    among = ((mean_b * mean_b).sum(-1) * n - 1) / (n - 1)
-    return tuple((among - (mean_b * mean_h).sum(-1)).tolist())
-
-
-def safety_band(gap: tuple[float, ...], onset: float, end: str) -> range:
-    """Return the layers from the gap's onset to where its growth peaks, turns flat, or to the last layer."""
-    if max(gap) <= 0:
-        raise UserError(
-            "the aligned model tells harmful from benign prompts in no layer; give --param band=LO-HI"
-        )
-    first = next(i for i, value in enumerate(gap) if value > onset * max(gap))
-    growth = [gap[i] - (gap[i - 1] if i else 0.0) for i in range(len(gap))]
-    peak = max(range(first, len(gap)), key=lambda i: growth[i])
-    if end == "peak":
-        return range(first, peak + 1)
-    if end == "last":
-        return range(first, len(gap))
-    flat = next((i for i in range(peak + 1, len(gap)) if growth[i] < _FLAT * growth[peak]), len(gap))
-    return range(first, flat)
 
 
 def _rows(neurons: NeuronSet, model: str, neuron: str) -> dict[str, Tensor]:
