@@ -65,6 +65,7 @@ _HEADS = {"num_key_value_heads": 4}  # latent attention has as many key heads as
 _LATENT = """axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu
 dots3_note_text"""
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_COMPASS = {"rope_parameters": {"full_attention": None, "sliding_attention": _ROPE["rope_parameters"]}}
 _HYBRID = {"num_hidden_layers": 4}
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 _THREE_ROPES = "qwen2_vl qwen2_5_vl glm4v paddleocr_vl qwen2_5_omni_thinker"
@@ -87,15 +88,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "encoder_hash_byte_group_vocab": 50,
         "encoder_hash_byte_group_size": [3, 4],
     },
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": None, "sliding_attention": _ROPE["rope_parameters"]}
-    },
+    "cohere_compass_text": _COMPASS,
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 32}},
     "deepseek_v2": {**_HEADS, "num_experts_per_tok": 2, "n_routed_experts": 4, "first_k_dense_replace": 1},
     **dict.fromkeys(_THREE_ROPES.split(), {"text_config": _SECTIONS}),
     **dict.fromkeys(_HALF_ROPES.split(), {"text_config": {**_SECTIONS, "partial_rotary_factor": 1.0}}),
-    **dict.fromkeys(("kimi_k25", "mistral_large4", "mistral4"), {"text_config": _HEADS}),
+    **dict.fromkeys(("kimi_k25", "mistral_large4"), {"text_config": _HEADS}),
     "hunyuan_vl": {"text_config": {"head_dim": 8, **_ROPE}},
+    "muse_spark": {
+        "audio_config": {"num_hidden_layers": 4, "out_hidden_size": 32},
+        "vision_config": {"out_hidden_size": 32},
+    },
+    "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "glm5_next": {"text_config": {**_HEADS, "index_topk": 16, "qk_rope_head_dim": 0}},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "granite_docling": {"vision_config": {"out_hidden_size": 32}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "cosmos3_edge": {"text_config": _SECTIONS},
+    "cohere_compass": {"text_config": _COMPASS},
     "bamba": {"mamba_d_head": 16},
     "diffllama": {"num_key_value_heads": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},

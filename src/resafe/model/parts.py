@@ -58,7 +58,7 @@ patcher vision_model vision_tower visual image_encoder visual_projection embed_t
 """
 NO_FEED_FORWARD = frozenset(_NO_FEED_FORWARD.split())
 # Maps that may stand beside a part, where a mixer can also be a feed-forward block.
-_NO_PART = "mixer conv1d in_proj out_proj x_proj dt_proj q_proj k_proj v_proj o_proj feed_forward linear"
+_NO_PART = "mixer conv1d in_proj out_proj x_proj dt_proj q_proj k_proj v_proj o_proj feed_forward linear pre_expert_proj post_expert_proj"
 NO_PART = frozenset(_NO_PART.split())
 
 
