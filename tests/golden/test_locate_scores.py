@@ -135,12 +135,16 @@ def neurostrike(golden: Path) -> dict[str, object]:
     return description(golden, "neurostrike")
 
 
-def test_probes_of_neurostrike(
-    golden: Path, calibration: Calibration, tmp_path: Path, neurostrike: dict[str, object]
-) -> None:
-    wanted = load_file(golden / "neurostrike" / "llama.probe.nopad.safetensors")
-    rows = load_file(golden / "neurostrike" / "llama.max_activations.nopad.safetensors")
-    bench = Bench.of(loaded(golden / "inputs" / "llama" / "aligned"))
+@pytest.fixture(scope="module")
+def family(golden: Path, neurostrike: dict[str, object]) -> str:
+    (file,) = (golden / "neurostrike").glob("*.probe.nopad.safetensors")
+    return file.name.partition(".")[0]
+
+
+def test_probes_of_neurostrike(golden: Path, calibration: Calibration, tmp_path: Path, family: str) -> None:
+    wanted = load_file(golden / "neurostrike" / f"{family}.probe.nopad.safetensors")
+    rows = load_file(golden / "neurostrike" / f"{family}.max_activations.nopad.safetensors")
+    bench = Bench.of(loaded(golden / "inputs" / family / "aligned"))
     method = NeuroStrike(min_prompts=1)
     found = look(bench, texts_of(calibration, "harmful", "benign"), method, tmp_path)
     state = torch.get_rng_state()
@@ -158,10 +162,10 @@ def test_probes_of_neurostrike(
 
 
 def test_neurons_of_neurostrike(
-    golden: Path, calibration: Calibration, tmp_path: Path, neurostrike: dict[str, object]
+    golden: Path, calibration: Calibration, tmp_path: Path, neurostrike: dict[str, object], family: str
 ) -> None:
-    zs = load_file(golden / "neurostrike" / "llama.probe.nopad.safetensors")
-    bench = Bench.of(loaded(golden / "inputs" / "llama" / "aligned"))
+    zs = load_file(golden / "neurostrike" / f"{family}.probe.nopad.safetensors")
+    bench = Bench.of(loaded(golden / "inputs" / family / "aligned"))
     found = look(bench, texts_of(calibration, "harmful", "benign"), NeuroStrike(), tmp_path)
     for site in ("gate", "up"):
         scores, _ = located(NeuroStrike(site=site), found)  # type: ignore[arg-type]
@@ -186,15 +190,15 @@ def _module_and_threshold(key: str) -> tuple[str, float]:
 
 
 def test_logits_without_the_neurons_of_neurostrike(
-    golden: Path, calibration: Calibration, neurostrike: dict[str, object]
+    golden: Path, calibration: Calibration, neurostrike: dict[str, object], family: str
 ) -> None:
-    bench = Bench.of(loaded(golden / "inputs" / "llama" / "aligned"))
+    bench = Bench.of(loaded(golden / "inputs" / family / "aligned"))
     masks = {part.name: torch.zeros(part.shape, dtype=torch.bool) for part in bench.layout.parts}
     for module, threshold, neurons in recorded_neurons(neurostrike):
         if threshold == 2.0:
             masks[module.rpartition(".")[0]][neurons] = True
     ids = torch.tensor([calibration["harmful"][0]["prompt_ids"]])
-    wanted = load_file(golden / "neurostrike" / "llama.pruned_logits.safetensors")
+    wanted = load_file(golden / "neurostrike" / f"{family}.pruned_logits.safetensors")
     for name, pruned in (("logits_intact", {}), ("logits_pruned_threshold2", masks)):
         with silence(bench.loaded.model, pruned):
             torch.testing.assert_close(

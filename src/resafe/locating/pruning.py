@@ -139,8 +139,8 @@ def observers_of(score: Score, unit: Unit) -> tuple[Observer, ...]:
 
 
 @torch.no_grad()
-def importance(found: Found, score: Score, unit: Unit, group: Group) -> Values:
-    """Return the score of each entry, or neuron, on the responses to a group's prompts.
+def importance(found: Found, score: Score, unit: Unit, group: Group) -> Iterator[tuple[str, Tensor]]:
+    """Yield the score of each entry, or neuron, on the responses to a group's prompts, one tensor at a time.
 
     A routed expert that no token reached, or no gradient, has no score (NaN).
 
@@ -149,9 +149,12 @@ def importance(found: Found, score: Score, unit: Unit, group: Group) -> Values:
     """
     if unit == "entry":
         entries = _snip_entries if score == "snip" else _wanda_entries
-        return {n: entries(found, group, n, linear) for n, linear in found.bench.layout.linears.items()}
-    neurons = _snip_neurons if score == "snip" else _wanda_neurons
-    return {part.name: neurons(found, group, part).float() for part in found.parts}
+        for name, linear in found.bench.layout.linears.items():
+            yield name, entries(found, group, name, linear)
+    else:
+        neurons = _snip_neurons if score == "snip" else _wanda_neurons
+        for part in found.parts:
+            yield part.name, neurons(found, group, part).float()
 
 
 def _snip_entries(found: Found, group: str, name: str, linear: BlockLinear) -> Tensor:
@@ -214,7 +217,7 @@ class _Scored(Locate):
 
     def scores(self, found: Found) -> Values:
         """Return the importance on the group's responses."""
-        return importance(found, self._score, self.unit, self.group)
+        return dict(importance(found, self._score, self.unit, self.group))
 
     def choose(self, scores: NeuronScores) -> NeuronSet:
         """Choose the share of each matrix, or part, with the highest scores."""
@@ -243,14 +246,12 @@ class Wanda(_Scored):
 
     def choose(self, scores: NeuronScores) -> NeuronSet:
         """Choose the share of each output row, or part, with the highest scores."""
-        top = scores.top(share=self.share, per="tensor")
         if self.unit == "neuron":
-            return top
-        rows = {name: _best(values, self.share) for name, values in scores.values.items()}
-        if not any(bool(mask.any()) for mask in rows.values()):
+            return super().choose(scores)
+        masks = {name: _best(values, self.share) for name, values in scores.values.items()}
+        if not any(bool(mask.any()) for mask in masks.values()):
             raise UserError(f"a share of {self.share} chooses no entry of any row; give a larger share")
-        how = {**top.parameters, "chosen": {"share": self.share, "per": "row"}}
-        return replace(top, masks=rows, parameters=how)
+        return _chosen(scores, masks, {"share": self.share, "per": "row"})
 
 
 @method(
@@ -316,23 +317,29 @@ class SetDifference(Locate):
 
     def scores(self, found: Found) -> Values:
         """Return the importance for safety, negative where it is among the top ``p`` for utility."""
-        safety = importance(found, self.score, self.unit, "harmful")
-        utility = importance(found, self.score, self.unit, "benign")
-        return {
-            name: torch.where(_best(utility[name].reshape(1, -1), self.p).view_as(values), -values, values)
-            for name, values in safety.items()
-        }
+        values: Values = {}
+        groups: tuple[Group, Group] = ("harmful", "benign")
+        pairs = zip(*(importance(found, self.score, self.unit, group) for group in groups), strict=True)
+        for (name, safety), (_, utility) in pairs:
+            needed = _best(utility.reshape(1, -1), self.p).view_as(safety)
+            values[name] = torch.where(needed, -safety, safety)
+        return values
 
     def choose(self, scores: NeuronScores) -> NeuronSet:
         """Choose the top ``q`` by the bare score, without those of a minus."""
-        bare = replace(scores, values={name: values.abs() for name, values in scores.values.items()})
-        top = bare.top(share=self.q, per="tensor")
-        masks = {name: mask & ~scores.values[name].signbit() for name, mask in top.masks.items()}
-        return replace(top, masks=masks)
+        masks = {
+            name: _best(values.abs().reshape(1, -1), self.q).view_as(values) & ~values.signbit()
+            for name, values in scores.values.items()
+        }
+        return _chosen(scores, masks, {"q": self.q, "p": self.p, "per": "tensor"})
 
 
 def _best(values: Tensor, share: float) -> Tensor:
     """Mark the share of each row with the highest values, bool (rows, columns)."""
     count = int(share * values.shape[1] + 1e-9)
     chosen = values.nan_to_num(-torch.inf).topk(count, dim=1).indices
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, chosen, True)
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, chosen, True) & ~values.isnan()
+
+
+def _chosen(scores: NeuronScores, masks: dict[str, Tensor], how: dict[str, object]) -> NeuronSet:
+    return replace(scores.above(torch.inf), masks=masks, parameters={**scores.parameters, "chosen": how})

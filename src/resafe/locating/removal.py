@@ -177,7 +177,7 @@ class SSNeurons(Locate):
         """Return the ratio to the bound of the top."""
         languages = self._languages(found)
         alone = {name: self._ratios(found, f"/{name}" if name else "") for name in languages}
-        found.details["ms"] = {name: _size(ratios) for name, ratios in alone.items()}
+        found.details["ms"] = {name or "unnamed": _size(ratios) for name, ratios in alone.items()}
         if len(languages) == 1 or self.language == "en":
             return alone[self.language or languages[0]]
         shared = {
