@@ -6,11 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from resafe import organism
 from resafe.errors import UserError
+from resafe.evaluate.measure import PromptSets, measure
 from resafe.locating.direction import RefusalDirection, Tails, held_out, last_logits, shared_suffix
-from resafe.locating.observe import Text
+from resafe.locating.observe import Bench, Text
+from resafe.locating.run import Request, Setting, locate_all
+from resafe.model.directions import ablate_direction, orthogonalize
 from resafe.model.hooks import block_input, capture
+from resafe.model.load import load
 from resafe.neurons import NeuronScores
+from resafe.protocol import protocol
+from resafe.registry import get
+from resafe.weights.adapter import open_model
 from tests.locate.planting import FAMILIES, bench, look, planted, recall, some, texts
 
 OPEN = {"kl": None, "induce": None, "layers": 1.0, "refusal_tokens": "3,4,5"}
@@ -95,8 +103,13 @@ def test_the_chosen_candidate_is_the_best_within_the_bounds(tmp_path: Path) -> N
     details: dict[str, object] = {}
     strict.scores(replace(found, details=details))
     assert details["kl"][details["position"]][details["layer"]] == kl[0]
-    with pytest.raises(UserError, match="within the bounds"):
-        replace(locate, kl=kl[0] / 2).scores(found)
+    notes: list[str] = []
+    loose: dict[str, object] = {}
+    replace(locate, kl=kl[0] / 2).scores(replace(found, details=loose, note=notes.append))
+    assert details["within_bounds"] is True
+    assert loose["within_bounds"] is False
+    assert (loose["position"], loose["layer"]) == (found.details["position"], found.details["layer"])
+    assert "no candidate keeps kl" in notes[0]
 
 
 def test_prompts_that_choose_do_not_make_the_means(tmp_path: Path) -> None:
@@ -150,3 +163,38 @@ def test_parameters_that_make_no_sense(tmp_path: Path) -> None:
     found = look(model, texts(3), RefusalDirection(layer=1), tmp_path)
     with pytest.raises(UserError, match="no candidate at position -2 of layer 1"):
         RefusalDirection(layer=1, position=-2).scores(found)
+
+
+def test_the_organism_answers_without_its_direction() -> None:
+    """Found on the locating split; measured on the reporting split, beside a random direction."""
+    folder = organism.path("aligned")
+    plan, loaded = protocol(open_model(folder).config), load(folder, merge=True)
+    method = get("refusal-direction", "locate")
+    locating = plan.locate
+    request = Request(
+        Bench.of(loaded),
+        [Setting(method, RefusalDirection())],
+        locating.harmful,
+        locating.benign,
+        plan.judge,
+        "model",
+        resamples=0,
+    )
+    (found,) = locate_all(request)
+    assert found.neurons is None
+    row = found.scores.values[f"layer.{found.scores.details['layer']}"]
+    prompts = PromptSets(plan.report.harmful[:48], plan.report.benign[:48], (), ())
+
+    def harmful() -> float:
+        return measure(loaded, prompts, plan.judge).harmful_rate.value
+
+    assert harmful() < 0.05
+    with ablate_direction(loaded.model, row):
+        assert harmful() > 0.9
+    random = torch.randn(len(row), generator=torch.Generator().manual_seed(0))
+    with ablate_direction(loaded.model, random):
+        assert harmful() < 0.05
+    undo = orthogonalize(loaded.model, row)
+    assert harmful() > 0.9
+    undo()
+    assert harmful() < 0.05

@@ -86,6 +86,17 @@ def test_orthogonal_weights_do_the_same(kind: str) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gemma2"])
+def test_half_precision_is_no_unknown_writing(kind: str) -> None:
+    model, r = tiny(kind).to(torch.bfloat16), direction()
+    with ablate_direction(model, r), ExitStack() as stack:
+        left = along(model, r.bfloat16(), stack)
+        logits(model)
+    assert max(left) < 0.05
+    if kind != "gemma2":
+        orthogonalize(model, r)()
+
+
 @pytest.mark.parametrize("kind", POST_NORM)
 def test_weights_behind_a_norm_are_refused_and_left_alone(kind: str) -> None:
     model = tiny(kind)

@@ -12,6 +12,7 @@ blocks with ``KL <= 0.1`` on benign prompts (``Σ p (log(p + 1e-6) - log(q + 1e-
 ``s >= 0`` on benign prompts while it is added to what enters its block.
 
 Our reading: prompts that choose are not those that make the means; candidates of no length are dropped;
+where no candidate keeps the bounds, the best of all is taken and that is noted (the published code stops);
 refusal tokens, where none are given, are those that the model says first to at least a tenth of the harmful
 prompts and more often than to benign ones. The paper's filter (only harmful prompts that are refused, benign
 that are not) is left to who gives the prompts.
@@ -94,25 +95,29 @@ class Candidates:
     induced: Tensor
     kl: Tensor
 
-    def best(self, kl: float | None, induce: float | None) -> tuple[int, int]:
-        """Return position (negative, from the end) and layer of the best candidate.
+    def best(self, kl: float | None, induce: float | None) -> tuple[int, int, bool]:
+        """Return position (negative, from the end) and layer of the best candidate, and whether it keeps the bounds.
+
+        Where none keeps them, all take part.
 
         Raises:
-            UserError: no candidate is within the bounds.
+            UserError: no candidate has a length.
         """
         judged = self.ablated.shape[1]
-        allowed = self.known[:, :judged] & self.ablated.isfinite()
-        if kl is not None:
-            allowed &= self.kl <= kl
-        if induce is not None:
-            allowed &= self.induced >= induce
-        if not bool(allowed.any()):
+        known = self.known[:, :judged] & self.ablated.isfinite()
+        if not bool(known.any()):
             raise UserError(
-                f"refusal-direction: none of {allowed.numel()} candidates is within the bounds; raise kl, lower "
-                "induce, or set them to none"
+                "refusal-direction: harmful and benign prompts leave the same in all of the blocks that were "
+                "looked at; raise layers, or give other prompts"
             )
-        place = int(self.ablated.masked_fill(~allowed, torch.inf).argmin())
-        return place // judged - len(self.directions), place % judged
+        within = known.clone()
+        if kl is not None:
+            within &= self.kl <= kl
+        if induce is not None:
+            within &= self.induced >= induce
+        kept = bool(within.any())
+        place = int(self.ablated.masked_fill(~(within if kept else known), torch.inf).argmin())
+        return place // judged - len(self.directions), place % judged, kept
 
 
 @method(
@@ -187,7 +192,14 @@ class RefusalDirection(Locate):
         position, layer = (self.position, self.layer) if self.layer is not None else (-1, 0)
         if self.layer is None:
             candidates = self.candidates(found, directions, known)
-            position, layer = candidates.best(self.kl, self.induce)
+            position, layer, kept = candidates.best(self.kl, self.induce)
+            found.details["within_bounds"] = kept
+            if not kept:
+                found.note(
+                    f"refusal-direction: no candidate keeps kl <= {self.kl} and induce >= {self.induce}; the best "
+                    f"of all, position {position} of layer {layer}, has kl {candidates.kl[position, layer]:.3g} "
+                    f"and induce {candidates.induced[position, layer]:.3g}"
+                )
             for key in ("ablated", "induced", "kl"):
                 rows = getattr(candidates, key).tolist()
                 found.details[key] = [[None if value != value else value for value in row] for row in rows]

@@ -129,7 +129,7 @@ class SSAH(Locate):
             raw = (seen["m2"] / (n - 1)).masked_fill(n < 2, torch.nan)
         else:
             raw = _fluctuation(found.entry(_SUMS, group, part.name), part)
-        raw = raw * part.down_norms().double().cpu().square()
+        raw = raw * part.down_norms().cpu().double().square()
         known = raw[~raw.isnan()]
         return (raw - known.mean()) / known.std().clamp(min=torch.finfo(torch.float64).tiny)
 
