@@ -9,7 +9,6 @@ import torch
 
 from resafe.errors import UserError
 from resafe.model.layout import read_layout
-
 from tests.architectures import CAUSAL, VISION, examine, tiny
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"

@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Phi3Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, MixtralConfig, Phi3Config
 
 from resafe.errors import UserError
 from resafe.model.layout import linear_names, read_layout
+from resafe.model.names import places
 from resafe.weights.checkpoint import Checkpoint
 
 from . import tiny
@@ -133,3 +134,25 @@ def test_reading_a_layout_changes_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     read_layout(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_weights_of_four_bits_are_read_as_numbers_and_have_no_places(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = tiny.build()
+    model.save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    packed = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=settings, device_map={"": "cpu"}
+    )
+    for own, part in zip(read_layout(model).parts, read_layout(packed).parts, strict=True):
+        assert part.shape == own.shape
+        near, true = part.down_norms(), own.down_norms()
+        assert 0 < (near - true).abs().max() < 0.2 * true.mean()
+    with pytest.raises(UserError, match="not quantised"):
+        places(packed)
+
+
+def test_weights_whose_scales_are_elsewhere_are_refused() -> None:
+    model = tiny.build().to(torch.float8_e4m3fn)
+    with pytest.raises(UserError, match=r"mlp\.down_proj\.weight is stored as torch\.float8_e4m3fn"):
+        read_layout(model).parts[0].down_norms()

@@ -14,6 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 from resafe.errors import UserError
 from resafe.model import load as loading
+from resafe.model.chat import encode
+from resafe.model.generate import generate
+from resafe.model.layout import read_layout
+from tests import architectures
 
 from . import tiny
 
@@ -227,3 +231,19 @@ def test_a_tokenizer_that_needs_foreign_code_is_refused(folders: Path, tmp_path:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="needs code that comes with it"):
         load(folder)
+
+
+@pytest.mark.parametrize("architecture", ["llava", "qwen2_5_vl", "gemma3"])
+def test_a_vision_language_model_answers_text(architecture: str, tmp_path: Path) -> None:
+    architectures.tiny(architecture).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    loaded = load(tmp_path, dtype="float32")
+    prompts = ["how do i bake a cake", "yes", "open the door w1 w2 w3 rain"]
+    for prompt, answer in zip(prompts, generate(loaded, prompts, 5), strict=True):
+        ids = encode(loaded.tokenizer, [prompt])[0]
+        for token in answer.token_ids:
+            with torch.no_grad():
+                logits = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            assert int(logits.argmax()) == token
+            ids.append(token)
+    assert {part.layer for part in read_layout(loaded.model).parts} == {0, 1}

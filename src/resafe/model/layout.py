@@ -116,6 +116,10 @@ class Layout:
         return iter(self.blocks)
 
     def __getitem__(self, layer: int) -> Block:
+        if not self.blocks:
+            raise UserError(
+                f"{self.architecture} keeps its blocks in no single list: look at its parts instead"
+            )
         if not 0 <= layer < len(self.blocks):
             raise UserError(
                 f"there is no layer {layer}: {self.architecture} has layers 0 to {len(self.blocks) - 1}; "

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -22,7 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from resafe.errors import UserError, nearest
@@ -138,7 +142,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | Literal["auto"]:
 
 
 def _check_config(folder: Path) -> None:
-    """Refuse what transformers would need foreign code for, or cannot load as a causal language model."""
+    """Refuse what transformers would need foreign code for, or cannot load as a model that answers text."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; give the folder that holds the whole model")
     settings = read_json(folder / "config.json")
@@ -153,7 +157,7 @@ def _check_config(folder: Path) -> None:
             f"{folder} has model_type {kind!r}, which the installed transformers does not know: "
             "upgrade transformers or use another model"
         )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}:
         raise UserError(
             f"{folder} has model_type {kind!r}, which is no causal language model: give a chat model"
         )
@@ -171,7 +175,10 @@ def _load_dense(
     folder: Path, dtype: torch.dtype | Literal["auto"], placed: Mapping[str, object]
 ) -> PreTrainedModel:
     Checkpoint.open(folder)  # says what is wrong with missing, pickled or damaged files
-    model, info = AutoModelForCausalLM.from_pretrained(
+    kind = read_json(folder / "config.json")["model_type"]
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText  # which answers text alone, too
+    model, info = auto.from_pretrained(
         folder,
         dtype=dtype,
         use_safetensors=True,

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -58,8 +59,18 @@ patcher vision_model vision_tower visual image_encoder visual_projection embed_t
 """
 NO_FEED_FORWARD = frozenset(_NO_FEED_FORWARD.split())
 # Maps that may stand beside a part, where a mixer can also be a feed-forward block.
-_NO_PART = "mixer conv1d in_proj out_proj x_proj dt_proj q_proj k_proj v_proj o_proj feed_forward linear pre_expert_proj post_expert_proj"
+_NO_PART = """
+mixer conv1d in_proj out_proj x_proj dt_proj q_proj k_proj v_proj o_proj
+feed_forward linear pre_expert_proj post_expert_proj
+"""
 NO_PART = frozenset(_NO_PART.split())
+
+NUMBERS = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+)  # anything else needs scales beside it
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,14 @@ class Matrix:
 
     @property
     def tensor(self) -> Tensor:
-        """The weight as the model computes with it: an adapter's change is in it."""
+        """The weight as the model computes with it: an adapter's change is in it, packed numbers are unpacked."""
         weight = held(self.module, self.attribute)
+        if weight.dtype not in NUMBERS:
+            weight = dequantize_module_weight(base(self.module))
+        if weight.dtype not in NUMBERS:
+            raise UserError(
+                f"{self.weight} is stored as {weight.dtype}: load a checkpoint that is not quantised"
+            )
         if not isinstance(self.module, BaseTunerLayer) or self.module.merged:
             return weight
         if not isinstance(self.module, LoraLayer) or isinstance(self.module, ParamWrapper):
@@ -106,8 +123,17 @@ class Matrix:
 
     @property
     def shape(self) -> torch.Size:
-        """The weight's shape."""
-        return held(self.module, self.attribute).shape
+        """The weight's shape.
+
+        Raises:
+            UserError: it is packed, and lies in the checkpoint in a shape of its own.
+        """
+        weight = held(self.module, self.attribute)
+        if weight.dtype not in NUMBERS:
+            raise UserError(
+                f"{self.weight} is stored as {weight.dtype}: load a checkpoint that is not quantised"
+            )
+        return weight.shape
 
     def vectors(self, of: Tensor | None = None) -> Tensor:
         """Return each neuron's share, float32: (width, hidden), or (experts, width, hidden).
