@@ -57,6 +57,23 @@ def test_snip_of_fused_experts_is_autograd(tmp_path: Path) -> None:
     torch.testing.assert_close(found[model.layout.parts[0].name], wanted, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("family", ["phi3", "gpt_oss", "dbrx", "jetmoe", "gpt2"])
+def test_neurons_share_out_all_weights(tmp_path: Path, family: str) -> None:
+    """Halves, alternating rows, experts one below the other, (in, out): no weight is left out or counted twice."""
+    model, read = bench(family), texts(1)
+    (text,) = [text for text in read if text.group == "harmful"]
+    neurons = Snip(unit="neuron").scores(look(model, read, Snip(unit="neuron"), tmp_path))
+    for part in model.layout.parts:
+        weights = list({matrix.weight: matrix.tensor for matrix in part.matrices}.values())
+        for weight in weights:
+            weight.requires_grad_(True)
+        labels = torch.tensor([[-100] * text.start + list(text.ids[text.start :])])
+        loss = model.loaded.model(input_ids=torch.tensor([text.ids]), labels=labels, use_cache=False).loss
+        gradients = torch.autograd.grad(loss, weights)
+        whole = sum(float((w.detach() * g).abs().sum()) for w, g in zip(weights, gradients, strict=True))
+        assert float(neurons[part.name].nansum()) == pytest.approx(whole, rel=1e-4)
+
+
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = bench("llama")
     look(model, texts(3), Snip(), tmp_path)
