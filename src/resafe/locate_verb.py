@@ -139,6 +139,7 @@ def locate(
             seed,
             batch_size,
             new_tokens,
+            method == "all",
             work,
             notes.append,
             progress or (lambda step, done, total: None),

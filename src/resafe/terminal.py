@@ -145,10 +145,10 @@ class Screen:
             self.json([_described(m) for m in known])
             return
         table = Table(box=None, pad_edge=False)
-        for heading in ("method", "badge", "needs", "what it does"):
+        for heading in ("verb", "method", "badge", "needs", "what it does"):
             table.add_column(heading, no_wrap=heading != "what it does")
         for m in known:
-            table.add_row(m.name, m.badge.value, " ".join(sorted(m.needs)), escape(m.summary))
+            table.add_row(m.verb, m.name, m.badge.value, " ".join(sorted(m.needs)), escape(m.summary))
         self._out.print(table)
 
     def method(self, known: Method) -> None:
@@ -156,7 +156,7 @@ class Screen:
         if self._as_json:
             self.json(_described(known))
             return
-        self._say("method", f"{known.name}: {known.title} ({known.badge})")
+        self._say("method", f"{known.verb} {known.name}: {known.title} ({known.badge})")
         self._say("paper", known.paper or "none: a control")
         self._say("needs", " ".join(sorted(known.needs)) or "nothing")
         self._out.print()

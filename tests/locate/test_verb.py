@@ -22,7 +22,7 @@ from resafe.locating.observe import Bench
 from resafe.locating.run import Request, locate_all, settings
 from resafe.model.load import load
 from resafe.neurons import NeuronScores, NeuronSet
-from resafe.registry import get
+from resafe.registry import get, methods
 from tests.conftest import Ended, contents
 from tests.model import tiny
 
@@ -130,7 +130,7 @@ def test_two_processes_give_the_scores_of_one(command: Command, dense: Path, tmp
         "--benign",
         prompts(tmp_path, "benign", start=7, response="yes"),
     )
-    methods = "safeneuron,cna,wanda,neurostrike,ssah"
+    methods = "safeneuron,sn-tune,snip,neurostrike,ssah"
     for out in ("one", "two"):
         arguments = (
             "locate", dense, "--method", methods, *given, "--out", tmp_path / out, "--json", "--resamples", "2",
@@ -181,6 +181,20 @@ def test_languages_are_kept_apart(dense: Path, tmp_path: Path) -> None:
         dense, method="safeneuron", harmful=harmful, benign=prompts(tmp_path, "benign"), resamples=2
     )
     assert result.prompts == {"harmful": 16, "benign": 12}
+
+
+def test_of_all_methods_those_that_cannot_say_anything_step_aside(dense: Path, tmp_path: Path) -> None:
+    given = {
+        "harmful": prompts(tmp_path, "h", response="sorry i cannot"),
+        "benign": prompts(tmp_path, "b", start=5, response="yes"),
+    }
+    result = resafe.locate(dense, resamples=2, **given)
+    found = {one.method.name for one in result.found}
+    aside = {note.split()[0] for note in result.notes if "stepped aside" in note}
+    assert found | aside == set(methods("locate"))
+    assert not found & aside
+    assert aside >= {"safety-neurons", "cna"}  # no second model; a thousandth of 72 neurons is none
+    assert len(found) >= 8
 
 
 def test_bad_input(command: Command, dense: Path, model: Path, tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ class Request:
         seed: seed of the halves.
         batch_size: texts in a batch.
         new_tokens: the most tokens of a generated response.
+        lenient: a method that cannot say anything here steps aside with a note.
         work: folder for unfinished work; the same request goes on from there. None: nothing is kept.
         note: receives sentences that the user should see.
         progress: called with (step, done, total).
@@ -116,6 +117,7 @@ class Request:
     seed: int = 0
     batch_size: int | None = None
     new_tokens: int = NEW_TOKENS
+    lenient: bool = False
     work: Path | None = None
     note: Callable[[str], None] = field(default=lambda sentence: None)
     progress: Callable[[str, int, int], None] = field(default=lambda step, done, total: None)
@@ -135,11 +137,13 @@ def locate_all(request: Request) -> list[Located]:
             if mine:
                 settings = [request.settings[i] for i in mine]
                 located = _one_pass(replace(request, settings=settings), who, work / who)
-                found |= dict(zip(mine, located, strict=True))
-    return [found[i] for i in range(len(request.settings))]
+                found |= {i: one for i, one in zip(mine, located, strict=True) if one is not None}
+    if not found:
+        raise UserError("no method could say anything here; give more prompts, or name one method")
+    return [found[i] for i in sorted(found)]
 
 
-def _one_pass(request: Request, who: str, work: Path) -> list[Located]:
+def _one_pass(request: Request, who: str, work: Path) -> list[Located | None]:
     bench = request.bench
     observers = [o for setting in request.settings for o in setting.locate.observers()]
     respond = any(observer.needs_response for observer in observers)
@@ -159,7 +163,18 @@ def _one_pass(request: Request, who: str, work: Path) -> list[Located]:
     )
     if place()[0] > 0:  # the first process alone finishes
         return [_nothing(setting, request.model) for setting in request.settings]
-    return [_finish(request, setting, folds, texts) for setting in request.settings]
+    return [_finished(request, setting, folds, texts) for setting in request.settings]
+
+
+def _finished(request: Request, setting: Setting, folds: Folds, texts: Sequence[Text]) -> Located | None:
+    """Finish a method; of several, one that cannot say anything steps aside."""
+    try:
+        return _finish(request, setting, folds, texts)
+    except UserError as error:
+        if not request.lenient:
+            raise
+        request.note(f"{setting.method.name} stepped aside: {error}")
+        return None
 
 
 def _texts(request: Request, answer: object, *, judged: bool) -> list[Text]:
