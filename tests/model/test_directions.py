@@ -28,7 +28,7 @@ UNTIED = (
     "qwen3_next",
 )
 TIED = ("gpt2", "opt", "falcon", "cohere")
-POST_NORM = ("gemma2", "gemma3_text", "olmo2", "glm4", "exaone4")
+POST_NORM = ("gemma2", "gemma3_text", "gemma4_text", "olmo2", "glm4", "exaone4", "afmoe")
 
 
 def direction() -> Tensor:
@@ -142,5 +142,8 @@ def logits_without(model: nn.Module) -> Tensor:
 
 
 def test_a_direction_of_no_length_is_refused() -> None:
+    model = tiny("llama")
+    with pytest.raises(UserError, match="has 31 numbers"), ablate_direction(model, torch.ones(31)):
+        logits(model)
     with pytest.raises(UserError, match="zero"), ablate_direction(tiny("llama"), torch.zeros(32)):
         pass

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from resafe.errors import UserError
 from resafe.model.hooks import _before
@@ -28,7 +29,11 @@ MIXER_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "out_lin")
 POST_NORMS = (
     ("post_attention_layernorm", "post_feedforward_layernorm"),
     ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    ("post_attention_layernorm", "post_mlp_layernorm"),
+    ("post_operator_norm", "post_ffn_norm"),
+    ("post_norm1", "post_norm2"),
 )
+THIRD = "post_per_layer_input_norm"  # Gemma 4 adds something of its own per layer
 _LEFT = 1e-3  # of a residual vector's length: what rounding may leave along the direction
 
 Undo = Callable[[], None]
@@ -85,7 +90,7 @@ def orthogonalize(model: PreTrainedModel | PeftModel, direction: Tensor) -> Undo
         direction: (hidden,).
 
     Returns:
-        What brings the old weights back, bit by bit.
+        What brings the old weights back, bit by bit; it holds copies of them.
 
     Raises:
         UserError: the model's weights cannot be made orthogonal: an adapter computes beside them, or a norm
@@ -100,7 +105,7 @@ def orthogonalize(model: PreTrainedModel | PeftModel, direction: Tensor) -> Undo
             for weight, old in kept:
                 weight.copy_(old)
 
-    for weight, axis in _writing(model):
+    for weight, axis in _writing(model, len(unit)):
         kept.append((weight, weight.detach().clone()))
         weight.copy_(_without(unit, weight.movedim(axis, -1)).movedim(-1, axis))
     try:
@@ -112,14 +117,14 @@ def orthogonalize(model: PreTrainedModel | PeftModel, direction: Tensor) -> Undo
     return undo
 
 
-def _writing(model: PreTrainedModel) -> Iterator[tuple[Tensor, int]]:
+def _writing(model: PreTrainedModel, hidden: int) -> Iterator[tuple[Tensor, int]]:
     """Yield every tensor that writes to the residual stream once, with its axis of that."""
     layout, seen = read_layout(model), set[int]()
     inside = {id(m) for block in layout for m in block.module.modules()}
     found: list[tuple[Tensor, int]] = [
         (module.weight, 1)
         for module in plain(model).get_decoder().modules()
-        if isinstance(module, nn.Embedding) and id(module) not in inside
+        if isinstance(module, nn.Embedding) and module.embedding_dim == hidden and id(module) not in inside
     ]
     for block in layout:
         for module in _mixer_outputs(block):
@@ -143,7 +148,9 @@ def _matrix_and_bias(module: nn.Module, attribute: str, axis: int) -> list[tuple
 def _mixer_outputs(block: Block) -> Iterator[nn.Module]:
     for name, mixer in block.module.named_children():
         if name in MIXERS:
-            yield from (m for n, m in mixer.named_modules() if n.rpartition(".")[2] in MIXER_OUTPUTS)
+            for path, module in mixer.named_modules():
+                if path.rpartition(".")[2] in MIXER_OUTPUTS and isinstance(module, nn.Linear | Conv1D):
+                    yield module
 
 
 def _writers(block: Block) -> list[nn.Module]:
@@ -151,7 +158,7 @@ def _writers(block: Block) -> list[nn.Module]:
     children = dict(block.module.named_children())
     for pair in POST_NORMS:
         if all(name in children for name in pair):
-            return [children[name] for name in pair]
+            return [children[name] for name in (*pair, THIRD) if name in children]
     writers = [child for name, child in children.items() if name in MIXERS]
     for part in block.parts:
         step = part.name.removeprefix(block.name).strip(".").partition(".")[0]
@@ -205,6 +212,11 @@ def _unit(direction: Tensor) -> Tensor:
 
 def _without(unit: Tensor, x: Tensor) -> Tensor:
     """Return ``x - (x·r̂) r̂`` over the last axis, computed in float32."""
+    if x.shape[-1] != len(unit):
+        raise UserError(
+            f"the direction has {len(unit)} numbers and what a block reads or writes {x.shape[-1]}; "
+            "is it a direction of this model, and has that one residual stream?"
+        )
     wide = x.float()
     r = unit.to(wide)
     return (wide - (wide @ r)[..., None] * r).to(x.dtype)
