@@ -135,6 +135,7 @@ def locate(
             prompts.benign,
             judge,
             fingerprint(opened.files),
+            top,
             resamples,
             seed,
             batch_size,
@@ -144,7 +145,7 @@ def locate(
             notes.append,
             progress or (lambda step, done, total: None),
         )
-        found = [_cut(one, top) for one in locate_all(request)]
+        found = locate_all(request)
     files = _write(found, Path(out)) if out is not None and speaks() else ()
     if work is not None and speaks():
         shutil.rmtree(work)
@@ -180,13 +181,6 @@ def _remarks(loaded: LoadedModel) -> list[str]:
     if loaded.chat_template == "none":
         return [f"the tokenizer of {loaded.source} has no chat template; prompts are read as plain text"]
     return []
-
-
-def _cut(found: Located, top: float | None) -> Located:
-    """Return the share of highest scores in the place of the method's own choice."""
-    if top is None or found.neurons is None or not found.scores.values:
-        return found
-    return Located(found.method, found.scores, found.scores.top(share=top), found.stability)
 
 
 def _write(found: Sequence[Located], out: Path) -> tuple[Path, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 import resafe
@@ -123,37 +124,24 @@ def launch(processes: int, *arguments: object, cwd: Path) -> None:
     json.loads(done.stdout)  # one process speaks, and only once
 
 
-def test_two_processes_give_the_scores_of_one(command: Command, dense: Path, tmp_path: Path) -> None:
-    given = (
-        "--harmful",
-        prompts(tmp_path, "harmful", response="sorry i cannot"),
-        "--benign",
-        prompts(tmp_path, "benign", start=7, response="yes"),
-    )
-    methods = "safeneuron,sn-tune,snip,neurostrike,ssah"
-    for out in ("one", "two"):
-        arguments = (
-            "locate", dense, "--method", methods, *given, "--out", tmp_path / out, "--json", "--resamples", "2",
-        )  # fmt: skip
-        if out == "one":
-            assert command(*arguments).code == 0
-        else:
-            launch(2, *arguments, cwd=tmp_path)
-    files = sorted(name for name in contents(tmp_path / "one") if ".scores." in name)
-    assert len(files) == 5
-    for name in files:
-        one, two = (NeuronScores.load(tmp_path / out / name) for out in ("one", "two"))
+def test_two_processes_give_the_scores_of_one(command: Command, model: Path, tmp_path: Path) -> None:
+    names = ("safeneuron", "cna", "wanda", "set-difference", "ssah", "refusal-direction")
+    arguments = ("locate", model, "--method", ",".join(names), "--resamples", "0", "--json")
+    assert command(*arguments, "--out", tmp_path / "one").code == 0
+    launch(2, *arguments, "--out", tmp_path / "two", cwd=tmp_path)
+    for name in names:
+        one, two = (
+            NeuronScores.load(tmp_path / out / f"{name}.scores.safetensors") for out in ("one", "two")
+        )
         assert one.values.keys() == two.values.keys()
         for key, values in one.values.items():
-            other = two.values[key]
-            assert bool((values.isnan() == other.isnan()).all())
-            assert bool(((values - other).abs().nan_to_num() <= 1e-6).all())
+            torch.testing.assert_close(two.values[key], values, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_a_killed_run_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "neurons.safetensors"
     run = [sys.executable, "-m", "resafe", "locate", str(model), "--method", "safeneuron", "--resamples", "2"]
-    started = subprocess.Popen([*run, "--out", str(out), "--batch-size", "1"], stderr=subprocess.DEVNULL)
+    started = subprocess.Popen([*run, "--out", str(out), "--batch-size", "8"], stderr=subprocess.DEVNULL)
     partial = tmp_path / "neurons.safetensors.partial"
     end = time.monotonic() + 120
     while not list(partial.glob("model/fold-*.safetensors")):
@@ -164,9 +152,9 @@ def test_a_killed_run_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     started.wait()
     kept = {file: file.stat().st_mtime_ns for file in partial.glob("model/fold-*.safetensors")}
     assert not out.exists()
-    subprocess.run([*run, "--out", str(tmp_path / "whole.safetensors"), "--batch-size", "1"], check=True)
+    subprocess.run([*run, "--out", str(tmp_path / "whole.safetensors"), "--batch-size", "8"], check=True)
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
-    subprocess.run([*run, "--out", str(out), "--batch-size", "1"], check=True)
+    subprocess.run([*run, "--out", str(out), "--batch-size", "8"], check=True)
     assert not partial.exists()
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
@@ -262,7 +250,7 @@ def test_a_model_that_says_it_is_quantised_is_not_asked_for_weights(dense: Path,
     rows = [Prompt(words) for words in ("open the door", "bake a cake", "red green", "yes no")]
     for name in ("safeneuron", "wanda"):
         request = Request(
-            Bench.of(loaded), settings([get(name, "locate")], {}), rows, rows[::-1], None, "m", 0
+            Bench.of(loaded), settings([get(name, "locate")], {}), rows, rows[::-1], None, "m", resamples=0
         )
         if name == "safeneuron":
             assert len(locate_all(request)) == 1

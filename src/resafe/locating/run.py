@@ -15,9 +15,9 @@ from resafe.errors import UserError
 from resafe.evaluate.judge import Judge
 from resafe.evaluate.prompts import Prompt
 from resafe.locating.base import Found, Locate
-from resafe.locating.observe import FOLDS, Bench, Folds, Text, deal, observe, place
+from resafe.locating.observe import FOLDS, Bench, Folds, Text, observe, place
 from resafe.locating.texts import NEW_TOKENS, build_texts, doubts, texts_hash
-from resafe.neurons import NeuronScores, NeuronSet
+from resafe.neurons import NeuronScores, NeuronSet, Site
 from resafe.registry import Method
 
 STEADY = 0.9  # of the resampled halves
@@ -97,6 +97,7 @@ class Request:
         benign: harmless prompts.
         judge: tells refusals among generated responses.
         model: the model's hash.
+        top: share of highest scores to choose, instead of by each method's own rule.
         resamples: how often to halve the prompts; 0 asks for no stability.
         seed: seed of the halves.
         batch_size: texts in a batch.
@@ -113,6 +114,7 @@ class Request:
     benign: Sequence[Prompt]
     judge: Judge | None
     model: str
+    top: float | None = None
     resamples: int = 10
     seed: int = 0
     batch_size: int | None = None
@@ -158,6 +160,7 @@ def _one_pass(request: Request, who: str, work: Path) -> list[Located | None]:
         observers,
         work,
         key=identity,
+        folds=1 if request.resamples == 0 else FOLDS,
         batch_size=request.batch_size,
         progress=lambda done, total: request.progress("locate", done, total),
     )
@@ -197,21 +200,34 @@ def _finish(request: Request, setting: Setting, folds: Folds, texts: Sequence[Te
     """Score, choose, and do it again on halves of the folds."""
     found = Found(request.bench, folds, texts, request.note)
     prompts = texts_hash(texts)
-    scores, neurons = _scored(setting, found, request.model, prompts)
+    scores, neurons = _scored(request, setting, found, prompts)
     stability = None
     if request.resamples and neurons is not None and setting.locate.resampled:
-        stability = _stability(request, setting, found, neurons)
+        try:
+            stability = _stability(request, setting, found, neurons)
+        except UserError as error:
+            request.note(
+                f"{setting.method.name}: no stability, since half of the prompts are too few: {error}"
+            )
     return Located(setting.method, scores, neurons, stability)
 
 
 def _scored(
-    setting: Setting, found: Found, model: str, prompts: str
+    request: Request, setting: Setting, found: Found, prompts: str
 ) -> tuple[NeuronScores, NeuronSet | None]:
     locate = setting.locate
     values = locate.scores(found)
     scores = NeuronScores(
-        locate.place(), values, setting.method.name, model, locate.parameters(), prompts, found.details
+        locate.place(),
+        values,
+        setting.method.name,
+        request.model,
+        locate.parameters(),
+        prompts,
+        found.details,
     )
+    if request.top is not None and scores.site is not Site.RESIDUAL:
+        return scores, scores.top(share=request.top)
     return scores, locate.choose(scores)
 
 
@@ -232,7 +248,7 @@ def _stability(request: Request, setting: Setting, found: Found, whole: NeuronSe
         pair = []
         for folds in (order[:half], order[half:]):
             part = replace(found, folds=found.folds.only(sorted(folds)), note=lambda s: None, details={})
-            _, neurons = _scored(setting, part, whole.model, whole.prompts)
+            _, neurons = _scored(request, setting, part, whole.prompts)
             assert neurons is not None
             pair.append(neurons)
             for name, mask in neurons.masks.items():
@@ -269,6 +285,13 @@ def _check(request: Request) -> None:
     for setting in request.settings:
         if setting.locate.responses == "reference" and request.bench.reference is None:
             raise UserError(f"{setting.method.name} compares two models; give the other one with --reference")
+        if setting.locate.parameters().get("unit") == "entry":
+            try:
+                _ = request.bench.layout.linears
+            except UserError as error:
+                raise UserError(
+                    f"{error}; {setting.method.name} with -p unit=neuron can do without"
+                ) from error
         if setting.locate.weights and request.bench.loaded.quantized:
             raise UserError(
                 f"{setting.method.name} reads weights, which {request.bench.loaded.source} holds quantised; "
@@ -301,6 +324,3 @@ def settings(methods: Sequence[Method], parameters: Mapping[str, object]) -> lis
         assert isinstance(locate, Locate)
         made.append(Setting(method, locate))
     return made
-
-
-__all__ = ["FOLDS", "Located", "Request", "Setting", "Stability", "deal", "locate_all", "settings"]
