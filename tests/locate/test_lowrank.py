@@ -12,8 +12,9 @@ from resafe.locating.actsvd import ActSVD
 from resafe.locating.base import Locate
 from resafe.locating.nlsr import LocateNLSR
 from resafe.locating.observe import Bench, Text
+from resafe.locating.texts import build_texts
 from resafe.model.hooks import capture, capture_neurons, input_of
-from resafe.model.load import LoadedModel
+from resafe.model.load import LoadedModel, load
 from resafe.neurons import NeuronScores
 from tests.locate.planting import (
     FAMILIES,
@@ -27,6 +28,7 @@ from tests.locate.planting import (
     texts,
 )
 from tests.model import tiny
+from tests.repair import world
 
 METHODS = (ActSVD(unit="neuron"), LocateNLSR(unit="neuron"), LocateNLSR(unit="neuron", propagate=True))
 
@@ -171,6 +173,28 @@ def test_an_adapter_gives_regions_of_its_factors(tmp_path: Path) -> None:
     stored = {name.replace(".default", "") for name, _ in wrapped.named_parameters() if "lora_" in name}
     assert set(scores.values) == stored
     assert set(method.choose(scores).masks) == stored
+
+
+def test_an_adapter_beside_the_model_or_merged_gives_the_same_regions(tmp_path: Path) -> None:
+    """And the repair takes them for its own."""
+    root = world.build(tmp_path / "world")
+    folder = root / "aligned-adapter"
+    chosen = []
+    for merge in (False, True):
+        loaded = load(folder, dtype="float32", merge=merge)
+        read = build_texts(loaded, world.HARMFUL, "harmful")
+        scores, neurons = locate(Bench.of(loaded), read, LocateNLSR(), tmp_path / str(merge))
+        chosen.append(neurons)
+        assert all(scores.values[name].shape == mask.shape for name, mask in neurons.masks.items())
+    assert chosen[0].jaccard(chosen[1]) > 0.999
+    work = world.job(root, "continued", "aligned-adapter")
+    mine = world.edited(work, "nlsr", beta=0.0).plan.neurons
+    assert mine is not None
+    assert set(mine.masks) == set(chosen[1].masks)
+    named = replace(chosen[1], model=mine.model)
+    assert named.jaccard(mine) > 0.999
+    edit = world.edited(replace(work, neurons=named), "nlsr")
+    assert set(edit.plan.neurons.masks) == set(named.masks)
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -35,7 +37,8 @@ from resafe.locating.observe import Bench, Observer
 from resafe.model.load import LoadedModel
 from resafe.neurons import NeuronScores, NeuronSet, Site, layer_of
 from resafe.registry import Badge, Need, method
-from resafe.weights.adapter import Factors
+from resafe.weights.adapter import Adapter, Factors
+from resafe.weights.checkpoint import ADAPTER_CONFIG
 
 
 class LowRank:
@@ -174,11 +177,20 @@ class LocateNLSR(LowRank, Locate):
 
 
 def adapter_factors(bench: Bench) -> dict[str, Factors]:
-    """Return the LoRA factors beside a model's block matrices, by weight name; none where there is no adapter."""
+    """Return a LoRA adapter's factors by weight name, whether it computes beside the model or is merged into it.
+
+    A model without an adapter has none.
+    """
+    folder = Path(bench.loaded.source)
+    if not isinstance(bench.loaded.model, PeftModel):
+        if not (folder / ADAPTER_CONFIG).is_file():
+            return {}
+        adapter = Adapter.open(folder)
+        return {name: adapter.factors(name) for name in adapter.modules}
     found = {}
     for name, linear in bench.layout.linears.items():
         if isinstance(linear.module, LoraLayer):
-            (adapter,) = linear.module.active_adapters
-            a, b = (getattr(linear.module, f"lora_{x}")[adapter].weight.float().cpu() for x in "AB")
-            found[name] = Factors(a, b, linear.module.scaling[adapter])
+            (active,) = linear.module.active_adapters
+            a, b = (getattr(linear.module, f"lora_{x}")[active].weight.float().cpu() for x in "AB")
+            found[name] = Factors(a, b, linear.module.scaling[active])
     return found
