@@ -39,6 +39,7 @@ weights and biases. It *works* if all of this holds:
 
 * every matrix of its decoder's blocks is known to belong to a feed-forward part or to something else;
 * looking inside changes no logits, and silencing a neuron of any part changes them;
+* in a gated part the neurons are linear in what is called up, and not in what is called the gate;
 * a neuron of every part (and of every expert that a token reached), silenced by hook, gives the same logits as its
   gate and up rows zeroed, and as its down column zeroed, in the checkpoint that `save_pretrained` wrote, loaded again:
   to 1e-5 of the largest logit, or 1e-5 where that is below 1;

@@ -27,7 +27,7 @@ from resafe.errors import UserError
 from resafe.model.hooks import Seen, capture_neurons, silence
 from resafe.model.layout import Layout, read_layout
 from resafe.model.names import Place, Places, places
-from resafe.model.parts import FeedForward
+from resafe.model.parts import FeedForward, Matrix, held
 from resafe.weights.checkpoint import Checkpoint
 
 CAUSAL = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -211,6 +211,7 @@ class NotChecked(Exception):
 
 
 _NORM = "zeroed rows are another edit: a norm over all neurons stands before down"
+UP_IS_CURVED = ("inkling2", "inkling2_text")  # it goes through a tanh, too
 ROWS_DIFFER = {"bitnet": _NORM, "kosmos-2.5": _NORM}
 
 
@@ -268,6 +269,11 @@ def compare(model: PreTrainedModel, layout: Layout, before: Tensor, folder: Path
     for name in masks:
         with silence(model, {name: masks[name]}):
             assert (logits(model) - before).abs().max() > close, f"silencing in {name} changes nothing"
+    for part in layout.parts:
+        if part.gate is not None and model.config.model_type not in ROWS_DIFFER:
+            curved = model.config.model_type in UP_IS_CURVED
+            assert straight(model, part, part.up) != curved, f"{part.name} is not linear in what is called up"
+            assert not straight(model, part, part.gate), f"{part.name} is linear in what is called its gate"
     with silence(model, masks):
         hooked = logits(model)
     model.save_pretrained(folder)
@@ -295,6 +301,32 @@ def logits(model: PreTrainedModel) -> Tensor:
         out: Tensor = model(input_ids=IDS, use_cache=False).logits
     assert torch.isfinite(out).all()
     return out
+
+
+def straight(model: PreTrainedModel, part: FeedForward, matrix: Matrix) -> bool:
+    """Whether the neurons lie on a line when all of a map's weights are multiplied by -1/4, 1/4 and 3/4.
+
+    They do for up, whatever multiplies it, and for a gate under any activation function they do not. (Small
+    factors, which no clamp minds.)
+    """
+    one, two, three = (first_neurons(model, part, matrix, factor) for factor in (-0.25, 0.25, 0.75))
+    return torch.allclose(three - two, two - one, rtol=1e-3, atol=1e-5 * float(two.abs().max()))
+
+
+def first_neurons(model: PreTrainedModel, part: FeedForward, matrix: Matrix, factor: float) -> Tensor:
+    """Return a part's neurons the first time that it runs, with one of its maps multiplied by a factor."""
+    shares = [matrix.neurons_last(held(matrix.module, matrix.attribute))]
+    if matrix.bias is not None:
+        shares.append(held(matrix.module, matrix.bias.rpartition(".")[2])[..., matrix.neurons])
+    seen: list[Tensor] = []
+    kept = [share.clone() for share in shares]
+    for share in shares:
+        share.mul_(factor)
+    with capture_neurons(model, [(part.name, "ffn")], lambda s: seen.append(s.values)):
+        logits(model)
+    for share, before in zip(shares, kept, strict=True):
+        share.copy_(before)
+    return seen[0].double()
 
 
 def far(one: Tensor, other: Tensor, close: float, words: str) -> None:

@@ -127,7 +127,7 @@ def capture_neurons(
     """
     layout = read_layout(model)
 
-    def look(seen: Seen) -> None:
+    def look(seen: Seen) -> None:  # whatever ``see`` returns, looking changes nothing
         see(seen)
 
     with _tapped(layout, [(_with_gate(layout.part(name), where), where, look) for name, where in parts]):

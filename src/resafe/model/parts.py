@@ -65,12 +65,8 @@ feed_forward linear pre_expert_proj post_expert_proj
 """
 NO_PART = frozenset(_NO_PART.split())
 
-NUMBERS = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-)  # anything else needs scales beside it
+# Types whose entries are the numbers themselves: anything else needs scales beside it.
+NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
