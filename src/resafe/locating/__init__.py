@@ -1,12 +1,13 @@
 """Methods of locating. Importing this package registers all of them."""
 
 from resafe.locating import (
+    actsvd,
     attribution,
     cna,
     contrast,
     direction,
     fgsn,
-    lowrank,
+    nlsr,
     probe,
     pruning,
     removal,
@@ -15,12 +16,13 @@ from resafe.locating import (
 )
 
 __all__ = [
+    "actsvd",
     "attribution",
     "cna",
     "contrast",
     "direction",
     "fgsn",
-    "lowrank",
+    "nlsr",
     "probe",
     "pruning",
     "removal",
