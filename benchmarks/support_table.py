@@ -93,7 +93,8 @@ def section(title: str, rows: Sequence[Row]) -> list[str]:
     return [
         f"## {title}",
         "",
-        f"{count['works']} of {blocks} with a feed-forward block work ({100 * count['works'] / blocks:.1f} %); "
+        f"{count['works']} of {blocks} checked ones with a feed-forward block work "
+        f"({100 * count['works'] / blocks:.1f} %); "
         f"{count['refused']} refused, {count['fails']} fail, {count['none']} have no feed-forward block, "
         f"{count['not built']} not checked.",
         "",

@@ -65,6 +65,7 @@ _HEADS = {"num_key_value_heads": 4}  # latent attention has as many key heads as
 _LATENT = """axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu
 dots3_note_text"""
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_MIXED = {"mlp_layer_types": ["dense", "sparse"]}
 _COMPASS = {"rope_parameters": {"full_attention": None, "sliding_attention": _ROPE["rope_parameters"]}}
 _HYBRID = {"num_hidden_layers": 4}
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
@@ -95,13 +96,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(_HALF_ROPES.split(), {"text_config": {**_SECTIONS, "partial_rotary_factor": 1.0}}),
     **dict.fromkeys(("kimi_k25", "mistral_large4"), {"text_config": _HEADS}),
     "hunyuan_vl": {"text_config": {"head_dim": 8, **_ROPE}},
+    "beam": _MIXED,
+    "flint": {"mlp_only_layers": [0]},
     "muse_spark": {
         "audio_config": {"num_hidden_layers": 4, "out_hidden_size": 32},
         "vision_config": {"out_hidden_size": 32},
     },
     "inkling2": {"vision_config": {"text_hidden_size": 32}},
-    "glm5_next": {"text_config": {**_HEADS, "index_topk": 16, "qk_rope_head_dim": 0}},
-    "step3p7": {"text_config": {"sliding_window": 8}},
+    "glm5_next": {"text_config": {**_HEADS, "index_topk": 16, "qk_rope_head_dim": 0, **_MIXED}},
+    "step3p7": {"text_config": {"sliding_window": 8, **_MIXED}},
     "granite_docling": {"vision_config": {"out_hidden_size": 32}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "cosmos3_edge": {"text_config": _SECTIONS},
@@ -234,9 +237,7 @@ def examine(model_type: str, folder: Path) -> Row:
         model = tiny(model_type)
         before = logits(model)
     except Exception as error:  # noqa: BLE001  transformers' own troubles are written into the table
-        return Row(
-            model_type, "not built", reason=f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
-        )
+        return Row(model_type, "not built", reason=f"{type(error).__name__}: {first_line(error)}")
     try:
         layout = read_layout(model)
     except UserError as error:
@@ -249,6 +250,10 @@ def examine(model_type: str, folder: Path) -> Row:
         return Row(model_type, "not built", kinds, str(error))
     except (AssertionError, UserError) as error:
         return Row(model_type, "fails", kinds, str(error))
+
+
+def first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:100]
 
 
 def compare(model: PreTrainedModel, layout: Layout, before: Tensor, folder: Path) -> str:

@@ -26,6 +26,7 @@ EVERY_LAYOUT = (
     "muse_spark",  # a norm after each expert
     "llama4_text",  # these declare nothing: a loop of their own each
     "longcat_flash",
+    "step3p7",
     "jetmoe",
     "dbrx",
     "inkling_text",

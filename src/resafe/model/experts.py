@@ -106,25 +106,46 @@ def _inside(
     return part.down.of_expert(expert, show("ffn", activate(gate, up)))
 
 
+def _loop(
+    module: nn.Module,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    activate: Callable[[Tensor, Tensor], Tensor],
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Add up the experts with neurons: hidden (tokens, hidden), index and weights (tokens, top k).
+
+    A number beyond them stands for an expert without neurons, or for another machine's.
+    """
+    out = torch.zeros_like(hidden)
+    for expert in _chosen(index):
+        token, slot = torch.where(index == expert)
+        if expert < _count(module):
+            y = _inside(module, expert, token, hidden[token], activate)
+            y = y if norm is None else norm(y)
+            out = out.index_add(0, token, (y * weights[token, slot, None]).to(out.dtype))
+    return out
+
+
 def _declared(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Compute experts of a declared layout: hidden (tokens, hidden), index and weights (tokens, top k)."""
+    """Compute experts of a declared layout."""
     if module not in _OPEN:  # a neighbour's config is this one's too
         own: Callable[..., Tensor] = inspect.unwrap(type(module).forward)
         return own(module, hidden, index, weights)
-
     experts = cast(Declared, module)
 
     def activate(gate: Tensor, up: Tensor) -> Tensor:
         return experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
 
-    out = torch.zeros_like(hidden)
-    for expert in _chosen(index):
-        token, slot = torch.where(index == expert)
-        if expert < _count(module):  # a number beyond them stands for another machine's expert
-            y = _inside(module, expert, token, hidden[token], activate)
-            y = experts.post_expert_norm(y) if experts.has_post_expert_norm else y
-            out = out.index_add(0, token, (y * weights[token, slot, None]).to(out.dtype))
-    return out
+    norm = experts.post_expert_norm if experts.has_post_expert_norm else None
+    return _loop(module, hidden, index, weights, activate, norm)
+
+
+def _step3p7(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Step 3.7 clamps in a gate of its own."""
+    experts = cast(Declared, module)
+    return _loop(module, hidden, index, weights, lambda gate, up: experts._apply_gate(up))
 
 
 def _chosen(index: Tensor) -> list[int]:
@@ -162,14 +183,9 @@ def _llama4(module: nn.Module, hidden: Tensor) -> Tensor:
 
 def _longcat(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Some of LongCat's experts have no neurons and pass their tokens on as they are."""
-    out = torch.zeros_like(hidden)
-    for expert in _chosen(index):
-        token, slot = torch.where(index == expert)
-        y = hidden[token]
-        if expert < _count(module):
-            y = _inside(module, expert, token, y, _gated(module, "act_fn"))
-        out = out.index_add(0, token, (y * weights[token, slot, None]).to(out.dtype))
-    return out
+    passed = weights.masked_fill(index < _count(module), 0).sum(-1, keepdim=True)  # (tokens, 1)
+    out = _loop(module, hidden, index, weights, _gated(module, "act_fn"))
+    return out + (hidden * passed).to(out.dtype)
 
 
 def _jetmoe(module: nn.Module, hidden: Tensor) -> Tensor:
@@ -184,14 +200,9 @@ def _jetmoe(module: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _dbrx(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """DBRX keeps all experts in one matrix, one below the other."""
+    """DBRX does not flatten its tokens."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    out = torch.zeros_like(flat)
-    for expert in _chosen(index):
-        token, slot = torch.where(index == expert)
-        y = _inside(module, expert, token, flat[token], _gated(module, "mlp.activation_fn"))
-        out = out.index_add(0, token, y * weights[token, slot, None])
-    return out.view(hidden.shape)
+    return _loop(module, flat, index, weights, _gated(module, "mlp.activation_fn")).view(hidden.shape)
 
 
 def _inkling_shared(module: nn.Module, hidden: Tensor, gammas: Tensor) -> Tensor:
@@ -214,6 +225,7 @@ def _inkling_shared(module: nn.Module, hidden: Tensor, gammas: Tensor) -> Tensor
 _LOOPS: dict[str, Callable[..., Tensor]] = {
     "Llama4TextExperts": _llama4,
     "LongcatFlashExperts": _longcat,
+    "Step3p7Experts": _step3p7,
     "JetMoeMoE": _jetmoe,
     "DbrxExperts": _dbrx,
     "InklingSharedExperts": _inkling_shared,

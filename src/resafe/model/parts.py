@@ -241,6 +241,7 @@ DECLARATION = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_
 UNDECLARED = {  # classes of experts that declare no layout: read in their code
     "Llama4TextExperts": Stored("gate_up_proj", "gate_up_proj", "down_proj", transposed=True),
     "LongcatFlashExperts": Stored("gate_up_proj", "gate_up_proj", "down_proj"),
+    "Step3p7Experts": Stored("gate_up_proj", "gate_up_proj", "down_proj"),
     "JetMoeMoE": Stored("input_linear.weight", "input_linear.weight", "output_linear.weight"),
     "DbrxExperts": Stored("mlp.w1", "mlp.v1", "mlp.w2", stacked=True),
     "InklingSharedExperts": Stored("gate_proj", "up_proj", "down_proj"),
