@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -154,15 +155,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def config(model_type: str) -> PreTrainedConfig:
+def config(model_type: str, settings: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedConfig:
     """Return a small config: the default one of its class with every size that is known made small."""
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_merged(_small(kind()), OVERRIDES.get(model_type, {})))
+    return kind(**_merged(_merged(_small(kind()), OVERRIDES.get(model_type, {})), settings))
 
 
-def tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
+def tiny(
+    model_type: str, seed: int = 0, settings: Mapping[str, Any] = MappingProxyType({})
+) -> PreTrainedModel:
     """Build a random float32 model in evaluation mode whose biases and norms are random too."""
-    made = config(model_type)
+    made = config(model_type, settings)
     auto = AutoModelForCausalLM if model_type in CAUSAL else AutoModelForImageTextToText
     torch.manual_seed(seed)
     with warnings.catch_warnings():
@@ -231,10 +234,10 @@ class Row:
 IDS = torch.tensor([[40, 41, 42, 43, 44, 45, 46, 47], [50, 51, 52, 40, 41, 42, 60, 61]])
 
 
-def examine(model_type: str, folder: Path) -> Row:
+def examine(model_type: str, folder: Path, settings: Mapping[str, Any] = MappingProxyType({})) -> Row:
     """Build, read, ablate by hook and by weight on disk, and compare; nothing is caught but what is reported."""
     try:
-        model = tiny(model_type)
+        model = tiny(model_type, settings=settings)
         before = logits(model)
     except Exception as error:  # noqa: BLE001  transformers' own troubles are written into the table
         return Row(model_type, "not built", reason=f"{type(error).__name__}: {first_line(error)}")

@@ -58,6 +58,32 @@ def test_a_neuron_is_ablated_alike_by_hook_and_on_disk(architecture: str, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("architecture", "settings", "parts"),
+    [
+        ("llama", {"mlp_bias": True, "attention_bias": True, "num_key_value_heads": 4}, GATED),
+        ("llama", {"tie_word_embeddings": True, "hidden_act": "gelu"}, GATED),
+        (
+            "gemma4_text",
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 20},
+            f"{GATED}, {EXPERTS}",
+        ),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, PLAIN),
+        ("granitemoehybrid", {"num_local_experts": 0}, FUSED),
+    ],
+)
+def test_a_switch_in_the_config_is_no_other_architecture(
+    architecture: str, settings: dict[str, object], parts: str, tmp_path: Path
+) -> None:
+    row = examine(architecture, tmp_path, settings)
+    assert (row.state, row.parts) == ("works", parts), row.reason
+
+
+def test_experts_that_are_embeddings_are_refused() -> None:
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.down_embed"):
+        read_layout(tiny("doge", settings={"is_moe": True, "num_experts": 16}))
+
+
+@pytest.mark.parametrize(
     ("architecture", "words"),
     [
         ("zamba2", "gate_up_proj_adapter_list"),

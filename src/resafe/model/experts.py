@@ -119,12 +119,14 @@ def _loop(
     A number beyond them stands for an expert without neurons, or for another machine's.
     """
     out = torch.zeros_like(hidden)
-    for expert in _chosen(index):
-        token, slot = torch.where(index == expert)
-        if expert < _count(module):
+    order = index.flatten().argsort(stable=True)  # expert by expert, each one's tokens in order
+    counts = index.flatten().bincount(minlength=_count(module)).tolist()
+    for expert, chosen in enumerate(order.split(counts)[: _count(module)]):
+        if len(chosen):
+            token = chosen // index.shape[1]
             y = _inside(module, expert, token, hidden[token], activate)
             y = y if norm is None else norm(y)
-            out = out.index_add(0, token, (y * weights[token, slot, None]).to(out.dtype))
+            out = out.index_add(0, token, (y * weights.flatten()[chosen, None]).to(out.dtype))
     return out
 
 
@@ -146,11 +148,6 @@ def _step3p7(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) 
     """Step 3.7 clamps in a gate of its own."""
     experts = cast(Declared, module)
     return _loop(module, hidden, index, weights, lambda gate, up: experts._apply_gate(up))
-
-
-def _chosen(index: Tensor) -> list[int]:
-    """Return the experts that any token is routed to."""
-    return sorted(set(index.flatten().tolist()))
 
 
 def _count(module: nn.Module) -> int:
