@@ -1,11 +1,12 @@
 """What all activation statistics together cost beside the plain forward pass, and how much memory they take.
 
-    python benchmarks/bench_locate.py [--hidden 1024] [--layers 8] [--pairs 5]
+    python benchmarks/bench_locate.py [--hidden 1024] [--layers 4] [--pairs 5]
 
 Both run the same batches of the same random model in one process, in alternation; the ratio is the median of
 the pairs'. The statistics are the observers of every locate method that reads activations alone in the shared
-pass; their fold files are written to disk, as in a real run. Memory is the growth of the peak resident set
-between a run over few prompts and one over many.
+pass; their fold files are written to disk, as in a real run. Not among them are gradients, and the Gram matrices
+of ActSVD, which cost as much as the layers themselves. The peak resident set is then read after runs over more
+and more (short) texts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from resafe.locating.base import Locate
-from resafe.locating.observe import Bench, Observer, Text, batches, deal, forward, observe
+from resafe.locating.observe import FOLD_TEXTS, Bench, Observer, Text, batches, deal, forward, observe
 from resafe.model.load import LoadedModel
 from resafe.registry import methods
 
@@ -90,8 +91,8 @@ def peak() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--texts", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--texts", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=5)
@@ -102,13 +103,14 @@ def main() -> None:
     folds = deal(rows, 2)
     plain(bench, folds[:1], given.batch)
     observed(bench, rows[: given.batch], observers, given.batch)
-    few = peak()
     pairs = []
     for _ in range(given.pairs):
         base, full = plain(bench, folds, given.batch), observed(bench, rows, observers, given.batch)
         pairs.append((base, full))
-    after = peak()
-    observed(bench, texts(4 * given.texts, given.length), observers, given.batch)
+    peaks = {}
+    for count in (2 * FOLD_TEXTS, 8 * FOLD_TEXTS, 16 * FOLD_TEXTS):
+        observed(bench, texts(count, 24), observers, given.batch)
+        peaks[f"{count} texts"] = round(peak())
     print(
         json.dumps(
             {
@@ -116,7 +118,7 @@ def main() -> None:
                 "plain_s": [round(base, 2) for base, _ in pairs],
                 "observed_s": [round(full, 2) for _, full in pairs],
                 "ratio": round(statistics.median(full / base for base, full in pairs), 3),
-                "peak_mib": {"16 texts": round(few), "64 texts": round(after), "256 texts": round(peak())},
+                "peak_mib": peaks,
             },
             indent=1,
         )

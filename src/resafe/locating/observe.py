@@ -192,8 +192,8 @@ class View:
         if pool not in self._cache:
             pieces = self._pieces(pool)
             total = torch.stack([x.sum(0, dtype=torch.float32) for x in pieces]).cpu().double().sum(0)
-            norms = torch.stack([_POOL["norm"](x, 0) for x in pieces])
-            self._cache[pool] = (total, norms.cpu().double().square().sum(0))
+            squares = torch.stack([_POOL["square"](x, 0) for x in pieces])
+            self._cache[pool] = (total, squares.cpu().double().sum(0))
         total, square = self._cache[pool]
         return sum(len(piece) for piece in self._pieces(pool)), total, square
 
@@ -223,10 +223,8 @@ class View:
 _POOL: dict[str, Callable[[Tensor, int], Tensor]] = {  # over the tokens' axis, in float32
     "max": lambda x, axis: x.amax(axis).float(),
     "mean": lambda x, axis: x.mean(axis, dtype=torch.float32),
-    "magnitude": lambda x, axis: (
-        torch.linalg.vector_norm(x, 1, dim=axis, dtype=torch.float32) / x.shape[axis]
-    ),
-    "norm": lambda x, axis: torch.linalg.vector_norm(x, 2, dim=axis, dtype=torch.float32),
+    "magnitude": lambda x, axis: x.abs().mean(axis, dtype=torch.float32),
+    "square": lambda x, axis: x.float().square().sum(axis),  # ten times faster than a norm along this axis
 }
 
 
