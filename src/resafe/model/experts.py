@@ -121,7 +121,7 @@ def _loop(
     out = torch.zeros_like(hidden)
     order = index.flatten().argsort(stable=True)  # expert by expert, each one's tokens in order
     counts = index.flatten().bincount(minlength=_count(module)).tolist()
-    for expert, chosen in enumerate(order.split(counts)[: _count(module)]):
+    for expert, chosen in enumerate(torch.split(order, counts)[: _count(module)]):
         if len(chosen):
             token = chosen // index.shape[1]
             y = _inside(module, expert, token, hidden[token], activate)
