@@ -138,8 +138,11 @@ def locate(
         float | None, typer.Option(help="Share of highest scores to choose.  [default: the method's rule]")
     ] = None,
     resamples: Annotated[
-        int, typer.Option(help="How often to find the neurons again on halves of the prompts.")
-    ] = 10,
+        int | None,
+        typer.Option(
+            help="How often to find the neurons again on halves of the prompts.  [default: 10 if cheap]"
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File for the neurons; a folder for those of several methods.")
     ] = None,

@@ -73,7 +73,7 @@ def locate(
     harmful: str | Path | None = None,
     benign: str | Path | None = None,
     top: float | None = None,
-    resamples: int = 10,
+    resamples: int | None = None,
     out: str | Path | None = None,
     new_tokens: int = NEW_TOKENS,
     batch_size: int | None = None,
@@ -92,7 +92,8 @@ def locate(
         harmful: file of harmful prompts; inside the organism its world's own are the default.
         benign: file of harmless prompts.
         top: choose this share of the highest scores instead of the method's own rule.
-        resamples: how often to find the neurons again on halves of the prompts, for the stability.
+        resamples: how often to find the neurons again on halves of the prompts, for the stability; by default ten
+            times, and not at all by methods that would have to run or train again for it.
         out: file for the neuron set, its scores beside it as ``NAME.scores.safetensors``; a folder with such
             a pair for each of several methods. Unfinished work is kept in ``OUT.partial``.
         new_tokens: the most tokens of a response that the model has to give itself.
@@ -107,7 +108,7 @@ def locate(
     """
     if top is not None and not 0.0 < top <= 1.0:
         raise UserError(f"--top must be above 0 and at most 1, not {top:g}")
-    if resamples < 0:
+    if resamples is not None and resamples < 0:
         raise UserError(f"--resamples must be 0 or more, not {resamples}")
     if place()[1] > 1 and out is None:
         raise UserError("several processes need --out: they meet in the folder beside it")

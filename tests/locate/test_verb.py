@@ -159,6 +159,15 @@ def test_a_killed_run_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+def test_costly_methods_are_resampled_when_asked_to(model: Path) -> None:
+    given = {"method": "refusal-direction", "parameters": {"unit": "neuron"}, "top": 0.02}
+    assert resafe.locate(model, **given).found[0].stability is None
+    stability = resafe.locate(model, resamples=1, **given).found[0].stability
+    assert stability is not None
+    assert 0.05 < stability.jaccard < 1.0  # halves of the prompts do not agree entirely
+    assert stability.jaccard > stability.chance
+
+
 def test_languages_are_kept_apart(dense: Path, tmp_path: Path) -> None:
     rows = []
     for language in ("en", "zh"):

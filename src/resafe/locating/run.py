@@ -15,11 +15,12 @@ from resafe.errors import UserError
 from resafe.evaluate.judge import Judge
 from resafe.evaluate.prompts import Prompt
 from resafe.locating.base import Found, Locate
-from resafe.locating.observe import FOLDS, Bench, Folds, Text, observe, place
+from resafe.locating.observe import FOLDS, Bench, Folds, Text, deal, observe, place
 from resafe.locating.texts import NEW_TOKENS, build_texts, doubts, texts_hash
 from resafe.neurons import NeuronScores, NeuronSet, Site
 from resafe.registry import Method
 
+RESAMPLES = 10
 STEADY = 0.9  # of the resampled halves
 
 
@@ -98,7 +99,8 @@ class Request:
         judge: tells refusals among generated responses.
         model: the model's hash.
         top: share of highest scores to choose, instead of by each method's own rule.
-        resamples: how often to halve the prompts; 0 asks for no stability.
+        resamples: how often to halve the prompts; 0 asks for no stability, None for ten halvings where they cost
+            nothing (methods whose scores follow from folds) and none elsewhere.
         seed: seed of the halves.
         batch_size: texts in a batch.
         new_tokens: the most tokens of a generated response.
@@ -115,7 +117,7 @@ class Request:
     judge: Judge | None
     model: str
     top: float | None = None
-    resamples: int = 10
+    resamples: int | None = None
     seed: int = 0
     batch_size: int | None = None
     new_tokens: int = NEW_TOKENS
@@ -123,6 +125,12 @@ class Request:
     work: Path | None = None
     note: Callable[[str], None] = field(default=lambda sentence: None)
     progress: Callable[[str, int, int], None] = field(default=lambda step, done, total: None)
+
+    def halvings(self, locate: Locate) -> int:
+        """Return how often a method's prompts are halved."""
+        if self.resamples is None:
+            return RESAMPLES if locate.resampled else 0
+        return self.resamples
 
 
 def locate_all(request: Request) -> list[Located]:
@@ -202,7 +210,7 @@ def _finish(request: Request, setting: Setting, folds: Folds, texts: Sequence[Te
     prompts = texts_hash(texts)
     scores, neurons = _scored(request, setting, found, prompts)
     stability = None
-    if request.resamples and neurons is not None and setting.locate.resampled:
+    if request.halvings(setting.locate) and neurons is not None:
         try:
             stability = _stability(request, setting, found, neurons)
         except UserError as error:
@@ -238,16 +246,24 @@ def _nothing(setting: Setting, model: str) -> Located:
 
 def _stability(request: Request, setting: Setting, found: Found, whole: NeuronSet) -> Stability:
     """Find the neurons again on random halves of the folds."""
+    resamples = request.halvings(setting.locate)
+    dealt = deal(found.texts, FOLDS)
     chosen = list(found.folds.chosen)
     generator = random.Random(request.seed)
     counts = {name: torch.zeros(mask.shape, dtype=torch.int32) for name, mask in whole.masks.items()}
     agreement, chance = [], []
-    for done in range(request.resamples):
+    for done in range(resamples):
         order = generator.sample(chosen, len(chosen))
         half = len(order) // 2
         pair = []
         for folds in (order[:half], order[half:]):
-            part = replace(found, folds=found.folds.only(sorted(folds)), note=lambda s: None, details={})
+            part = replace(
+                found,
+                folds=found.folds.only(sorted(folds)),
+                texts=[text for fold in sorted(folds) for text in dealt[fold]],
+                note=lambda sentence: None,
+                details={},
+            )
             _, neurons = _scored(request, setting, part, whole.prompts)
             assert neurons is not None
             pair.append(neurons)
@@ -256,13 +272,12 @@ def _stability(request: Request, setting: Setting, found: Found, whole: NeuronSe
         if len(pair[0]) or len(pair[1]):
             agreement.append(pair[0].jaccard(pair[1]))
             chance.append(pair[0].chance_jaccard(pair[1]))
-        request.progress(f"resample {setting.method.name}", done + 1, request.resamples)
+        request.progress(f"resample {setting.method.name}", done + 1, resamples)
     often = sum(
-        int((counts[name][mask] >= STEADY * 2 * request.resamples).sum())
-        for name, mask in whole.masks.items()
+        int((counts[name][mask] >= STEADY * 2 * resamples).sum()) for name, mask in whole.masks.items()
     )
     return Stability(
-        request.resamples, _mean(agreement), _mean(chance), often / len(whole) if len(whole) else float("nan")
+        resamples, _mean(agreement), _mean(chance), often / len(whole) if len(whole) else float("nan")
     )
 
 
@@ -272,7 +287,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _check(request: Request) -> None:
     """Refuse what cannot give a variance, or cannot be halved."""
-    halves = 2 if request.resamples else 1
+    halves = 1 if request.resamples == 0 else 2
     fewest = 2 * halves
     for kind, prompts in (("harmful", request.harmful), ("benign", request.benign)):
         wanted = [s.method.name for s in request.settings if kind in s.method.needs]
