@@ -30,7 +30,7 @@ from torch import Tensor
 from resafe.errors import UserError
 from resafe.locating.base import Found, Locate, Values, check_share, difference, score
 from resafe.locating.gradients import added
-from resafe.locating.observe import Bench, Entry, Moments, Observer, Taps, Text, View, batches
+from resafe.locating.observe import FOLDS, Bench, Entry, Moments, Observer, Taps, Text, View, batches
 from resafe.model.directions import ablate_direction, add_direction
 from resafe.model.load import LoadedModel
 from resafe.neurons import NeuronScores, NeuronSet, Site
@@ -292,7 +292,8 @@ def _shares(found: Found, direction: Tensor, layer: int) -> Values:
 
 
 def held_out(number: int, share: float) -> bool:
-    """Say whether a prompt is one of the ``share`` that choose, which are dealt evenly over the file."""
+    """Say whether a prompt is one of the ``share`` that choose: dealt evenly over the file, and over its folds."""
+    number += number // FOLDS
     return int((number + 1) * share + 1e-9) > int(number * share + 1e-9)
 
 
