@@ -227,8 +227,7 @@ def methods(
     if name is None:
         screen.methods(list(registered().values()))
         return
-    for method in named(name):
-        screen.method(method)
+    screen.method(named(name))
 
 
 @app.command()

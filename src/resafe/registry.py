@@ -161,13 +161,13 @@ def get(name: str, verb: str) -> Method:
 
 
 def named(name: str) -> list[Method]:
-    """Return the methods of that name, one a verb.
+    """Return the methods of that name, one a verb, a repair first.
 
     Raises:
         UserError: there is none; the nearest name is offered.
     """
     known = list(methods().values())
-    found = [method for method in known if method.name == name]
+    found = sorted((m for m in known if m.name == name), key=lambda m: m.verb != "repair")
     if not found:
         names = {method.name for method in known}
         raise UserError(

@@ -151,11 +151,18 @@ class Screen:
             table.add_row(m.verb, m.name, m.badge.value, " ".join(sorted(m.needs)), escape(m.summary))
         self._out.print(table)
 
-    def method(self, known: Method) -> None:
-        """Print one method with its parameters."""
+    def method(self, known: Sequence[Method]) -> None:
+        """Print one method with its parameters; where several verbs have one of that name, all of them.
+
+        JSON holds the first, a repair where there is one; the list of all methods has every verb's.
+        """
         if self._as_json:
-            self.json(_described(known))
+            self.json(_described(known[0]))
             return
+        for one in known:
+            self._method(one)
+
+    def _method(self, known: Method) -> None:
         self._say("method", f"{known.verb} {known.name}: {known.title} ({known.badge})")
         self._say("paper", known.paper or "none: a control")
         self._say("needs", " ".join(sorted(known.needs)) or "nothing")

@@ -491,8 +491,10 @@ def forward(loaded: LoadedModel, batch: Batch) -> Tensor:
 def look(bench: Bench, batch: Batch, taps: Taps, see: Callable[[View], None]) -> None:
     """Run one forward pass and show every tapped activation."""
     last: list[View] = []
+    reached: set[str] = set()
 
     def neurons(seen: Seen) -> None:
+        reached.add(seen.part.name)
         see(View(seen.part.name, seen.where, seen.values, batch, seen))
 
     def watch(site: Site) -> Callable[[Tensor], None]:
@@ -515,6 +517,9 @@ def look(bench: Bench, batch: Batch, taps: Taps, see: Callable[[View], None]) ->
         forward(bench.loaded, batch)
     if recorder.silent:
         raise UserError(f"the pass never reached {recorder.silent[0]}; is it used by this model at all?")
+    missed = {name for name, _ in taps.parts} - reached
+    if missed:
+        raise UserError(f"the pass never reached {min(missed)}; is it used by this model at all?")
 
 
 def observe(
