@@ -58,3 +58,25 @@ def test_leading_directions(k: int) -> None:
     kept = min(k, 12)  # below that the values sink into rounding
     torch.testing.assert_close((found[:, :kept].T @ u[:, :kept]).abs(), torch.eye(kept), rtol=0, atol=1e-3)
     assert torch.equal(found, left_singular(matrix, k)[0])
+
+
+@pytest.mark.parametrize("shape", [(600, 400), (400, 600)])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("k", [2, 8])
+def test_slow_spectra_are_no_excuse(shape: tuple[int, int], decay: float, k: int) -> None:
+    """The product of rank k is right however slowly the singular values fall, by the exact SVD if need be."""
+    generator = torch.Generator().manual_seed(k)
+    u, v = (torch.linalg.qr(torch.randn(side, 400, generator=generator))[0] for side in shape)
+    matrix = u * torch.arange(1, 401).float() ** -decay @ v.T if decay else torch.randn(shape)
+    exact, sizes, _ = torch.linalg.svd(matrix, full_matrices=False)
+    best = exact[:, :k] @ (exact[:, :k].T @ matrix)
+    found, values = left_singular(matrix, k)
+    assert float((found @ (found.T @ matrix) - best).norm() / best.norm()) <= 1e-3
+    torch.testing.assert_close(values, sizes[:k], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.T @ found, torch.eye(k), rtol=0, atol=1e-5)
+
+
+def test_nothing_has_no_direction_to_miss() -> None:
+    found, values = left_singular(torch.zeros(200, 300), 4)
+    assert not values.any()
+    assert found.isfinite().all()
