@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +43,41 @@ def with_responses(loaded: LoadedModel, prompts: Sequence[Prompt], judge: Judge 
         raise UserError(
             f"{loaded.source} refuses none of {len(prompts)} harmful prompts, so it cannot serve as the reference; "
             "give another --aligned, or prompts with responses"
+        )
+    return Calibration(*encode_with_response(loaded.tokenizer, [k[0] for k in kept], [k[1] for k in kept]))
+
+
+def harmful_answers(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    judge: Judge | None,
+    answers: Literal["own", "given"],
+) -> Calibration:
+    """Pair harmful prompts with harmful answers: the responses they carry, or the model's own that do not refuse.
+
+    Raises:
+        UserError: a prompt carries no response, or the model refuses all of them.
+    """
+    if answers == "given":
+        given = [prompt.response for prompt in prompts if prompt.response]
+        if len(given) < len(prompts):
+            raise UserError(
+                f"{len(prompts) - len(given)} of {len(prompts)} harmful prompts carry no response; "
+                "give harmful answers with them, or answers=own"
+            )
+        return Calibration(*encode_with_response(loaded.tokenizer, prompts, given))
+    if judge is None:
+        raise UserError("the model's own answers need a judge to tell refusals; give answers=given")
+    said = [answer.text for answer in generate(loaded, prompts, _NEW_TOKENS)]
+    kept = [
+        (prompt, answer)
+        for prompt, answer in zip(prompts, said, strict=True)
+        if answer.strip() and judge.judge(prompt.prompt, answer) is Verdict.ANSWERED
+    ]
+    if not kept:
+        raise UserError(
+            f"{loaded.source} answers none of {len(prompts)} harmful prompts, so there is no harmful answer to learn "
+            "from; give some with the prompts, and answers=given"
         )
     return Calibration(*encode_with_response(loaded.tokenizer, [k[0] for k in kept], [k[1] for k in kept]))
 

@@ -23,7 +23,8 @@ class Kept:
 
     def get(self, name: str) -> Tensor:
         """Read a tensor."""
-        return load_file(self._files[name])["tensor"]
+        tensor: Tensor = load_file(self._files[name])["tensor"]
+        return tensor
 
     def __contains__(self, name: str) -> bool:
         return name in self._files

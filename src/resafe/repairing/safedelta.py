@@ -65,7 +65,7 @@ class Curvature:
     badge=Badge.EXACT,
     paper="https://arxiv.org/abs/2505.12038",
     needs=frozenset({Need.ALIGNED, Need.HARMFUL}),
-    variants=({"budget": "share", "s": 0.1}, {"budget": "share", "s": 0.3}),
+    variants=({"budget": "share", "s": 0.3, "others": "tuned"},),
 )
 @dataclass(frozen=True)
 class SafeDelta(Repair):
