@@ -2,8 +2,8 @@
 
     python benchmarks/locate_organism.py --out docs/locating.json [--models aligned ...] [--draws 5]
 
-Neurons are located on the locating split and silenced on the reporting split (256 harmful, benign and ability
-prompts each; nothing is chosen on it). Every method runs once, at its published defaults, with ``unit=neuron``
+Neurons are located on the locating split and silenced on the reporting split (256 harmful and as many ability
+prompts; nothing is chosen on it). Every method runs once, at its published defaults, with ``unit=neuron``
 where its own unit is finer. Shares are of all feed-forward neurons, whole model; the control silences as many
 random neurons per layer (mean over the draws). Sets that the methods' own rules choose are silenced too.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from resafe.weights.checkpoint import fingerprint
 
 MODELS = {"aligned": "base", "aligned-planted": "base", "late-aligned": "late-base"}
 SHARES = (0.005, 0.01, 0.03, 0.05)
-RATES = ("harmful_rate", "over_refusal", "incoherent_rate", "ability")
+RATES = ("harmful_rate", "incoherent_rate", "ability")
 PARTS = (Site.FFN, Site.GATE, Site.UP)
 
 
@@ -86,7 +87,7 @@ def model(name: str, reference: str, draws: int) -> dict[str, object]:
     plan = protocol(opened.config)
     loaded, other = load(path(name), merge=True), load(path(reference), merge=True)
     judge = plan.judge
-    report = PromptSets(plan.report.harmful, plan.report.benign, (), plan.report.ability)
+    report = PromptSets(plan.report.harmful, (), (), plan.report.ability)
     request = Request(
         Bench.of(loaded, other),
         settings(),
@@ -94,7 +95,7 @@ def model(name: str, reference: str, draws: int) -> dict[str, object]:
         plan.locate.benign,
         judge,
         fingerprint(opened.files),
-        note=print,
+        note=lambda sentence: print(sentence, file=sys.stderr),
     )
     found = [f for f in locate_all(request) if f.scores.site in PARTS]
     nothing = NeuronSet(Site.FFN, {}, "nothing", request.model)
@@ -106,6 +107,39 @@ def model(name: str, reference: str, draws: int) -> dict[str, object]:
     }
 
 
+def cell(row: dict[str, object]) -> str:
+    """Return ``harmful / ability (random: harmful)``."""
+    hit, chance = row["silenced"], row["random"]
+    return f"{hit['harmful_rate']:.2f} / {hit['ability']:.2f} ({chance['harmful_rate']:.2f})"  # type: ignore[index]
+
+
+def markdown(found: dict[str, dict[str, object]]) -> str:
+    """Return the tables of all models."""
+    lines = []
+    for name, one in found.items():
+        methods = one["methods"]
+        assert isinstance(methods, dict)
+        lines += ["", f"### {name}", "", "| method | " + " | ".join(f"{100 * s:g} %" for s in SHARES)]
+        lines[-1] += " | its own set | halves agree (chance) |"
+        lines.append("| --- |" + " --- |" * (len(SHARES) + 2))
+        for method, row in methods.items():
+            own, stable = row.get("own"), row["stability"]
+            cells = [cell(row["shares"][f"{share:g}"]) for share in SHARES]
+            cells.append(f"{own['neurons']}: {cell(own)}" if own else "none")
+            known = stable is not None and stable["jaccard"] is not None
+            cells.append(f"{stable['jaccard']:.2f} ({stable['chance']:.2f})" if known else "–")
+            lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+        overlap = one["overlap_at_3_percent"]
+        assert isinstance(overlap, dict)
+        lines += ["", "Overlap (Jaccard index) of the top 3 %; by chance 0.02:", ""]
+        lines.append("| | " + " | ".join(overlap) + " |")
+        lines.append("| --- |" + " --- |" * len(overlap))
+        lines += [
+            f"| `{a}` | " + " | ".join(f"{v:.2f}" for v in row.values()) + " |" for a, row in overlap.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -113,8 +147,12 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = {name: model(name, MODELS[name], given.draws) for name in given.models}
-    given.out.write_text(json.dumps(found, indent=1))
+    found = json.loads(given.out.read_text()) if given.out.is_file() else {}
+    for name in given.models:
+        if name not in found:  # what is there is not done again
+            found[name] = model(name, MODELS[name], given.draws)
+            given.out.write_text(json.dumps(found, indent=1))
+    print(markdown(found))
 
 
 if __name__ == "__main__":
