@@ -13,10 +13,49 @@ from resafe.registry import Badge, get, methods
 ROOT = Path(__file__).parents[1]
 
 
-def example() -> str:
-    """Return the method that CONTRIBUTING.md shows."""
+def example(number: int = 0) -> str:
+    """Return a method that CONTRIBUTING.md shows."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    return text.split("```python\n")[1].split("```")[0]
+    return text.split("```python\n")[1 + number].split("```")[0]
+
+
+def install(site: Path, module: str, code: str) -> None:
+    """Put a package with one method into a folder as pip would."""
+    (site / "their_package").mkdir(parents=True)
+    (site / "their_package" / "__init__.py").write_text("")
+    (site / "their_package" / f"{module}.py").write_text(code)
+    info = site / "their_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[resafe.methods]\ntheirs = their_package.{module}\n")
+
+
+def test_every_way_of_locating_is_described_and_indexed() -> None:
+    index = (ROOT / "docs" / "papers.md").read_text().split("\n# Locating\n")[1]
+    table = (ROOT / "docs" / "locating.md").read_text()
+    assert len(methods("locate")) == 16  # README, CHANGELOG and docs/locating.md say so
+    for name, method in methods("locate").items():
+        assert method.summary.endswith(".")
+        assert f"`{name}`" in index
+        assert f"\n| `{name}` | {method.badge} |" in table
+        assert method.paper is not None
+        assert method.paper in index
+
+
+def test_a_third_party_locates(tmp_path: Path) -> None:
+    """The second example of CONTRIBUTING.md, installed as a package of somebody else's."""
+    install(tmp_path, "loudest", example(1))
+    script = textwrap.dedent(
+        f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import resafe
+        from resafe.organism import path
+        found = resafe.locate(path("aligned"), method="loudest", parameters={{"share": "0.02"}}, resamples=2)
+        assert len(found.neurons) == 30 and found.found[0].stability.jaccard > 0.5
+        """
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 def test_every_method_is_described_and_indexed() -> None:
@@ -33,13 +72,7 @@ def test_every_method_is_described_and_indexed() -> None:
 def test_a_third_party_method_repairs(tmp_path: Path) -> None:
     """The example of CONTRIBUTING.md, installed as a package of somebody else's, repairs the organism."""
     site = tmp_path / "site"
-    (site / "their_package").mkdir(parents=True)
-    (site / "their_package" / "__init__.py").write_text("")
-    (site / "their_package" / "trim.py").write_text(example())
-    info = site / "their_package-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[resafe.methods]\ntheirs = their_package.trim\n")
+    install(site, "trim", example())
     script = textwrap.dedent(
         f"""
         import sys
