@@ -64,11 +64,11 @@ def test_the_threshold_decides(root: Path, pair: tuple[str, str]) -> None:
     assert edited(work, "safelora", number=999).plan.units == set(every.units)
 
 
-@pytest.mark.parametrize("how", [{"number": 6}, {"select": "threshold", "threshold": 0.6}])
+@pytest.mark.parametrize("how", [{"number": 6}, {"select": "threshold", "threshold": 0.25}])
 def test_reversed_as_many_from_the_other_end(root: Path, how: dict[str, object]) -> None:
     work = job(root, "tuned", "aligned")
     plain, other = (edited(work, "safelora", reverse=reverse, **how) for reverse in (False, True))
-    assert len(plain.plan.units) == len(other.plan.units) <= 10
+    assert len(plain.plan.units) == len(other.plan.units) in range(1, 11)
     found = {name: m["rho"] for name, m in plain.plan.details["matrices"].items()}
     rest = set(found) - other.plan.units
     assert min(found[name] for name in other.plan.units) >= max(found[name] for name in rest)
