@@ -1,0 +1,77 @@
+"""AsFT's projector, as an edit: keep of the fine-tuning delta what lies along alignment.
+
+Yang et al., *AsFT: Anchoring Safety During LLM Fine-Tuning Within Narrow Safety Basin*,
+https://arxiv.org/abs/2506.08473, holds an update to the column space of D = aligned - base while training, by
+penalising what the exact projector leaves over. Here that projector is applied to T = tuned - aligned afterwards, which
+the paper does not do::
+
+    P = D (Dᵀ D)⁺ Dᵀ = U Uᵀ,    T <- P T   (keep)   or   T <- T - P T   (remove)
+
+U are the left singular vectors of D. A D of full rank spans everything, and P is the identity: there only its leading
+directions say anything, so their number is cut off.
+
+``keep`` is AsFT's thought: what leaves the directions of alignment harms. ``remove`` is the opposite one: harm is what
+undoes alignment along its own directions. Which of them holds for a model has to be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from resafe.errors import UserError
+from resafe.registry import Badge, Need, method
+from resafe.repairing.base import Plan, Repair, Target, Unit
+from resafe.weights.lowrank import left_singular
+
+
+@method(
+    "asft-projector",
+    verb="repair",
+    title="AsFT's projector on the fine-tuning delta",
+    badge=Badge.VARIANT,
+    paper="https://arxiv.org/abs/2506.08473",
+    needs=frozenset({Need.ALIGNED, Need.BASE}),
+    variants=({}, {"part": "remove"}),
+)
+@dataclass(frozen=True)
+class AsFTProjector(Repair):
+    """Project T of every matrix on the leading directions of the alignment delta, or take that part away.
+
+    Attributes:
+        part: ``keep`` or ``remove`` what lies along alignment.
+        rank: the most directions of D that count (0: all).
+        cutoff: directions whose singular value is below this share of the largest are none, as in a pseudo-inverse.
+    """
+
+    part: Literal["keep", "remove"] = "keep"
+    rank: int = 8
+    cutoff: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.rank < 0:
+            raise UserError(f"asft-projector: rank must be at least 0, not {self.rank}; 0 is all directions")
+        if not 0.0 <= self.cutoff < 1.0:
+            raise UserError(f"asft-projector: cutoff must be at least 0 and below 1, not {self.cutoff:g}")
+
+    def decide(self, measured: Mapping[str, object], statistics: object) -> Plan:
+        """Choose every matrix."""
+        return Plan(frozenset(measured))
+
+    def edit(self, unit: Unit, plan: Plan, statistics: object) -> dict[str, Target]:
+        """Project T of one matrix, or its left factor."""
+        t = unit.delta()
+        u = self.directions(unit.alignment())
+        along = u @ (u.T @ t)
+        value = along if self.part == "keep" else t - along
+        return {unit.key: Target(unit.aligned[unit.key].float() + value, None)}
+
+    def directions(self, d: Tensor) -> Tensor:
+        """Return an orthonormal basis (out, k) of what D's columns span; k is 0 where D is zero."""
+        u, s = left_singular(d, min(self.rank or max(d.shape), *d.shape))
+        return u[:, s > torch.clamp(self.cutoff * s[0], min=torch.finfo(torch.float32).tiny)]
