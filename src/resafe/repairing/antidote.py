@@ -55,7 +55,7 @@ class Loudness:
     badge=Badge.EXACT,
     paper="https://arxiv.org/abs/2408.09600",
     needs=frozenset({Need.HARMFUL}),
-    variants=({}, {"dense_ratio": 0.05}),
+    variants=({}, {"dense_ratio": 0.02}),
 )
 @dataclass(frozen=True)
 class Antidote(Repair):

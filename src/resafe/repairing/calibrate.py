@@ -10,6 +10,7 @@ from torch import Tensor
 
 from resafe.errors import UserError
 from resafe.evaluate.judge import Judge, Verdict
+from resafe.evaluate.measure import new_tokens
 from resafe.evaluate.prompts import Prompt
 from resafe.locating.lowrank import Calibration, Source, accumulate
 from resafe.model.chat import encode, encode_with_response
@@ -68,7 +69,7 @@ def harmful_answers(
         return Calibration(*encode_with_response(loaded.tokenizer, prompts, given))
     if judge is None:
         raise UserError("the model's own answers need a judge to tell refusals; give answers=given")
-    said = [answer.text for answer in generate(loaded, prompts, _NEW_TOKENS)]
+    said = [answer.text for answer in generate(loaded, prompts, new_tokens(loaded, prompts, _NEW_TOKENS))]
     kept = [
         (prompt, answer)
         for prompt, answer in zip(prompts, said, strict=True)
