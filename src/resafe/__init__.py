@@ -11,18 +11,34 @@ from typing import TYPE_CHECKING
 from resafe.errors import UserError
 
 if TYPE_CHECKING:
+    from resafe.diff_verb import diff
     from resafe.locate_verb import locate
+    from resafe.patch_verbs import apply, revert
     from resafe.registry import methods
     from resafe.search import Bounds
     from resafe.verbs import compare, measure, repair
 
-__all__ = ["Bounds", "UserError", "compare", "locate", "measure", "methods", "repair"]
+__all__ = [
+    "Bounds",
+    "UserError",
+    "apply",
+    "compare",
+    "diff",
+    "locate",
+    "measure",
+    "methods",
+    "repair",
+    "revert",
+]
 
 _HOMES = {
     "compare": "resafe.verbs",
     "locate": "resafe.locate_verb",
     "measure": "resafe.verbs",
     "repair": "resafe.verbs",
+    "apply": "resafe.patch_verbs",
+    "diff": "resafe.diff_verb",
+    "revert": "resafe.patch_verbs",
     "Bounds": "resafe.search",
     "methods": "resafe.registry",
 }

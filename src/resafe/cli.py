@@ -34,6 +34,7 @@ class Format(StrEnum):
     same = "same"
     merged = "merged"
     adapter = "adapter"
+    patch = "patch"
 
 
 Tuned = Annotated[
@@ -71,11 +72,16 @@ def repair(
     task: Task = None,
     neurons: Annotated[Path | None, typer.Option(help="Neurons found earlier, to be reused.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.  [default: ./NAME-repaired]")] = None,
-    format: Annotated[Format, typer.Option(help="same, merged or adapter.")] = Format.same,
+    format: Annotated[Format, typer.Option(help="same, merged, adapter or patch.")] = Format.same,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and decide, write nothing.")] = False,
     max_harm: MaxHarm = None,
     max_task_loss: MaxLoss = 0.01,
     max_over_refusal: MaxRefusal = 0.02,
+    choose: Annotated[
+        int | None,
+        typer.Option(help="Take this point of the Pareto front (see --dry-run).  [default: the best]"),
+    ] = None,
+    probe: Annotated[bool, typer.Option(help="Probe how long an automatic repair lasts.")] = True,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -101,6 +107,8 @@ def repair(
             format=format.value,
             dry_run=dry_run,
             bounds=Bounds(max_harm, max_task_loss, max_over_refusal),
+            choose=choose,
+            probe=probe,
             seed=seed,
             progress=screen.step,
         )
@@ -211,6 +219,52 @@ def compare(
             progress=screen.step,
         )
     screen.compared(result, out)
+
+
+PatchFile = Annotated[Path, typer.Argument(help="The patch, or the folder that holds it.")]
+PatchedFolder = Annotated[Path, typer.Argument(help="The folder of the model, changed in place.")]
+PatchOut = Annotated[Path | None, typer.Option(help="Write the result there, and leave the model as it is.")]
+
+
+@app.command()
+def diff(
+    one: Annotated[str, typer.Argument(help="A model: a folder or Hub id; dense or a LoRA adapter.")],
+    other: Annotated[str, typer.Argument(help="The model to compare it with.")],
+    ranks: Annotated[bool, typer.Option(help="Estimate the rank of every change.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Show what differs between two models: entries, norms, ranks and neurons, per layer and per module."""
+    from resafe import diff_verb
+    from resafe.terminal import Screen
+
+    screen = Screen(as_json)
+    with screen:
+        result = diff_verb.diff(one, other, ranks=ranks, progress=screen.step)
+    screen.differing(result)
+
+
+@app.command()
+def apply(patch: PatchFile, folder: PatchedFolder, out: PatchOut = None, as_json: Json = False) -> None:
+    """Apply a patch to the model it was made for: byte for byte, in one step or not at all."""
+    from resafe import patch_verbs
+    from resafe.terminal import Screen
+
+    screen = Screen(as_json)
+    with screen:
+        result = patch_verbs.apply(patch, folder, out=out, progress=screen.step)
+    screen.patched(result)
+
+
+@app.command()
+def revert(patch: PatchFile, folder: PatchedFolder, out: PatchOut = None, as_json: Json = False) -> None:
+    """Take a patch back: the model is again what it was, byte for byte."""
+    from resafe import patch_verbs
+    from resafe.terminal import Screen
+
+    screen = Screen(as_json)
+    with screen:
+        result = patch_verbs.revert(patch, folder, out=out, progress=screen.step)
+    screen.patched(result)
 
 
 @app.command()

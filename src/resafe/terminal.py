@@ -12,10 +12,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from resafe.diff_verb import DiffResult, LayerChange, ModuleChange
 from resafe.evaluate.measure import Measurement
 from resafe.evaluate.stats import Rate
 from resafe.locate_verb import LocateResult
 from resafe.neuron_verbs import Combined, Comparison, Matrix, Shown
+from resafe.patch_verbs import Patched
 from resafe.registry import Method
 from resafe.report.page import compare_page, compare_rows, coverage_text, percent, settings_text, share_text
 from resafe.results import CompareResult, RepairResult
@@ -26,6 +28,7 @@ _STEPS = {
     "locate": "locate neurons",
     "repair": "try methods and strengths",
     "verify": "verify on held-out prompts",
+    "probe": "probe how long it lasts",
     "save": "save",
     "write": "write shards",
 }
@@ -120,6 +123,19 @@ class Screen:
             self._say(
                 "edited", f"{share_text(result.edited_share)} (of the model / of the targeted matrices)"
             )
+        for name, lasting in result.robustness.items():
+            self._say(
+                "lasting" if name == "repaired" else "",
+                f"{name}: harmful {percent(lasting.tuned)} after a few steps of harmful fine-tuning, "
+                f"{percent(lasting.silenced)} without its top neurons",
+            )
+        for point in sorted((p for p in result.tried if p.front), key=lambda p: p.front or 0):
+            settings = " ".join(filter(None, [point.method, settings_text(point.parameters)]))
+            self._say(
+                f"front {point.front}",
+                f"{settings} × {point.strength:g}: harmful {percent(point.found.harmful_rate)}, "
+                f"task {percent(point.found.task_score)}",
+            )
         for reason in result.reasons:
             self._say("bound", reason)
         self._say("verdict", result.verdict.value)
@@ -138,6 +154,39 @@ class Screen:
         self._out.print(_table(rows))
         for note in result.notes:
             self._say("note", note)
+
+    def patched(self, result: Patched) -> None:
+        """Print what applying or reverting a patch did."""
+        if self._as_json:
+            self.json(result.to_dict())
+            return
+        self._say("patch", str(result.patch))
+        if result.done:
+            past = {"apply": "applied", "revert": "reverted"}[result.verb]
+            self._say(past, f"{result.changed:,} entries in {len(result.files)} files, hashes verified")
+        else:
+            self._say("nothing to do", f"the model is already what `resafe {result.verb}` makes of it")
+        self._say("model", str(result.folder))
+
+    def differing(self, result: DiffResult) -> None:
+        """Print what differs between two models, by layer and by module."""
+        if self._as_json:  # a table of thousands of modules is not set out line by line
+            self._out.file.write(json.dumps(result.to_dict()) + "\n")
+            return
+        self._say("compared", f"{result.one} and {result.other}, {result.compared}")
+        changed = [module for module in result.modules if module.changed]
+        self._out.print(_diff_table("module", [(module.name, module) for module in changed]))
+        self._out.print()
+        layers = [
+            (f"layer {layer.layer}" if layer.layer >= 0 else "elsewhere", layer) for layer in result.layers
+        ]
+        self._out.print(_diff_table("layer", layers))
+        for folder, names in ((result.one, result.only_one), (result.other, result.only_other)):
+            if names:
+                self._say("left out", f"{len(names)} weights that only {folder} has, such as {names[0]}")
+        for note in result.notes:
+            self._say("note", note)
+        self._say("changed", f"{len(changed)} of {len(result.modules)} modules, {result.changed:,} entries")
 
     def methods(self, known: Sequence[Method]) -> None:
         """Print the list of methods."""
@@ -295,6 +344,20 @@ def _table(rows: Sequence[tuple[str, Measurement, float | None, str]]) -> Table:
     for label, found, damage, share in rows:
         rates = [percent(rate) for _, rate in _named(found)]
         table.add_row(escape(label), *rates, "" if damage is None else f"{damage:.4f}", share)
+    return table
+
+
+def _diff_table(title: str, rows: Sequence[tuple[str, ModuleChange | LayerChange]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in (title, "entries", "share", "norm", "relative", "rank", "neurons"):
+        table.add_column(heading, justify="left" if heading == title else "right", no_wrap=True)
+    for name, row in rows:
+        neurons = "" if row.neurons is None else f"{row.neurons:,} of {row.neurons_of:,}"
+        share = f"{100 * row.changed / max(1, row.entries):.2f} %"
+        relative = "" if row.relative is None else f"{row.relative:.2e}"
+        table.add_row(
+            escape(name), f"{row.changed:,}", share, f"{row.norm:.3g}", relative, row.rank_text, neurons
+        )
     return table
 
 

@@ -14,9 +14,11 @@ from resafe.repairing.engine import Edit, EditedShare, ShareCounter
 from resafe.repairing.space import AnySpace, DenseSpace, FactorSpace, RowSpace
 from resafe.weights.adapter import WEIGHTS, Adapter, Factors
 from resafe.weights.checkpoint import ADAPTER_CONFIG, INDEX, Checkpoint, travelling_files
+from resafe.weights.patch import PATCH, PatchWriter
 from resafe.weights.shard import Shard, TensorInfo, read, release
 from resafe.weights.writer import (
     Staging,
+    Transform,
     check_finite,
     copy_files,
     fsync_file,
@@ -26,7 +28,7 @@ from resafe.weights.writer import (
     write_tensors,
 )
 
-Format = Literal["same", "merged", "adapter"]
+Format = Literal["same", "merged", "adapter", "patch"]
 Progress = Callable[[str, int, int], None]
 
 
@@ -43,9 +45,14 @@ def output_kind(edit: Edit, wanted: Format) -> Literal["dense", "adapter"]:
     """Return what will be written.
 
     Raises:
-        UserError: an adapter is wanted from an edit of whole matrices.
+        UserError: an adapter is wanted from an edit of whole matrices, or a patch that would merge an adapter.
     """
     if isinstance(edit.space, DenseSpace):
+        if wanted == "patch" and isinstance(edit.space.tuned, Adapter):
+            raise UserError(
+                f"{edit.method.name} edits whole matrices here, so the result is no adapter any more and no patch "
+                "leads to it; use --format merged"
+            )
         if wanted == "adapter":
             raise UserError(
                 f"{edit.method.name} edits whole matrices here, which no adapter of this rank can hold; "
@@ -83,8 +90,10 @@ def write(
     source = _dense_source(edit.space) if kind == "dense" else None
     adapter = edit.space.tuned if isinstance(edit.space.tuned, Adapter) else None
     nbytes = sum(f.stat().st_size for f in (source.files if source else adapter.files if adapter else ()))
-    with staged(out, key, nbytes) as staging:
-        if source is not None:
+    with staged(out, key, 0 if wanted == "patch" else nbytes) as staging:
+        if wanted == "patch":
+            _write_patch(edit, strength, source, staging, counter, progress)
+        elif source is not None:
             _write_dense(edit, strength, source, staging, counter, progress)
         else:
             _write_adapter(edit, strength, staging, counter)
@@ -95,7 +104,8 @@ def write(
             raise UserError(
                 f"{edit.method.name} changed nothing: tuned and aligned are the same where it edits"
             )
-        _copy_others(edit.space, kind, staging)
+        if wanted != "patch":
+            _copy_others(edit.space, kind, staging)
         if edit.plan.neurons is not None:
             edit.plan.neurons.save(staging.folder / "neurons.safetensors")
             fsync_file(staging.folder / "neurons.safetensors")
@@ -116,10 +126,23 @@ def _write_dense(
     counter: ShareCounter,
     progress: Progress | None,
 ) -> None:
-    tuned, chosen = edit.space.tuned, set(edit.chosen if strength else ())
+    tuned = edit.space.tuned
     for info in tuned.shard.tensors.values() if isinstance(tuned, Adapter) else ():
         check_finite(read(info), info)
     merged = {*tuned.modules, *tuned.replaced} if isinstance(tuned, Adapter) else set()
+    chosen, transform = _transform(edit, strength, counter)
+    for done, shard in enumerate(source.shards):
+        if progress:
+            progress("write", done, len(source.shards))
+        if shard.file.name not in staging.done:
+            file = staging.folder / shard.file.name
+            staging.record(file.name, write_shard(shard, file, chosen | merged, transform))
+    release()
+
+
+def _transform(edit: Edit, strength: float, counter: ShareCounter) -> tuple[set[str], Transform]:
+    """Return the tensors that the edit changes in a dense model, and how."""
+    tuned, chosen = edit.space.tuned, set(edit.chosen if strength else ())
 
     def own(stored: Tensor) -> Tensor | None:
         return None if isinstance(tuned, Adapter) else stored  # what is stored is the base's
@@ -131,13 +154,48 @@ def _write_dense(
             new = tuned.tensor(info.name)
         return new.to(info.dtype)
 
-    for done, shard in enumerate(source.shards):
-        if progress:
-            progress("write", done, len(source.shards))
-        if shard.file.name not in staging.done:
-            file = staging.folder / shard.file.name
-            staging.record(file.name, write_shard(shard, file, chosen | merged, transform))
-    release()
+    return chosen, transform
+
+
+def _write_patch(
+    edit: Edit,
+    strength: float,
+    source: Checkpoint | None,
+    staging: Staging,
+    counter: ShareCounter,
+    progress: Progress | None,
+) -> None:
+    """Write what the edit changes; an edited adapter lies in the staging folder while it is compared."""
+    if PATCH in staging.done:
+        return
+    with PatchWriter(staging.folder / PATCH) as patch:
+        if source is not None:
+            chosen, transform = _transform(edit, strength, counter)
+            for done, shard in enumerate(source.shards):
+                if progress:
+                    progress("write", done, len(source.shards))
+                patch.add_shard(shard, chosen, transform)
+            release()
+        else:
+            _patch_adapter(edit, strength, staging, counter, patch)
+    staging.record(PATCH)
+
+
+def _patch_adapter(
+    edit: Edit, strength: float, staging: Staging, counter: ShareCounter, patch: PatchWriter
+) -> None:
+    tuned = edit.space.tuned
+    assert isinstance(tuned, Adapter)
+    _write_adapter(edit, strength, staging, counter)
+    settings = _adapter_settings(tuned, staging.folder / WEIGHTS, tuned.folder)
+    if settings == tuned.settings:
+        copy_files({ADAPTER_CONFIG: tuned.folder / ADAPTER_CONFIG}, staging.folder)
+    else:
+        write_json(staging.folder / ADAPTER_CONFIG, settings)
+    for name in (WEIGHTS, ADAPTER_CONFIG):
+        patch.add_file(tuned.folder / name, staging.folder / name)
+        (staging.folder / name).unlink()
+    del staging.done[WEIGHTS]
 
 
 def _write_adapter(edit: Edit, strength: float, staging: Staging, counter: ShareCounter) -> None:
@@ -211,18 +269,18 @@ def _copy_others(space: AnySpace, kind: str, staging: Staging) -> None:
     copy_files(files, staging.folder)
     if kind == "adapter":
         assert isinstance(tuned, Adapter)
-        settings = _adapter_settings(tuned, staging)
+        settings = _adapter_settings(tuned, staging.folder / WEIGHTS, staging.out)
         if settings != tuned.settings:
             write_json(staging.folder / ADAPTER_CONFIG, settings)
 
 
-def _adapter_settings(tuned: Adapter, staging: Staging) -> dict[str, object]:
-    """Return the settings of the written adapter: every module keeps its scale, alpha follows its rank.
+def _adapter_settings(tuned: Adapter, file: Path, out: Path) -> dict[str, object]:
+    """Return the settings of the adapter in ``file``: every module keeps its scale, alpha follows its rank.
 
-    A base given relative to the old folder is rewritten, so that the new one finds it too.
+    It is to lie in ``out``. A base given relative to the old folder is rewritten, so that the new one finds it too.
     """
     settings = dict(tuned.settings)
-    written = Shard.open(staging.folder / WEIGHTS).tensors
+    written = Shard.open(file).tensors
     ranks = {name: written[tuned.key(name, "A")].shape[0] for name in tuned.modules}
     if any(rank != tuned.rank(name) for name, rank in ranks.items()):
         settings["use_rslora"] = False
@@ -232,7 +290,7 @@ def _adapter_settings(tuned: Adapter, staging: Staging) -> dict[str, object]:
         }
     ref = settings.get("base_model_name_or_path")
     beside = tuned.folder / str(ref)
-    same_parent = staging.out.absolute().parent == tuned.folder.absolute().parent
+    same_parent = out.absolute().parent == tuned.folder.absolute().parent
     if ref and not Path(str(ref)).is_absolute() and beside.is_dir() and not same_parent:
         settings["base_model_name_or_path"] = str(beside.resolve())
     return settings

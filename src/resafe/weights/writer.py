@@ -140,7 +140,7 @@ def _resume(folder: Path, key: str) -> dict[str, str]:
     if not finished:
         shutil.rmtree(folder, ignore_errors=True)
     for file in sorted(folder.rglob("*"), reverse=True):  # what was being written when the run was killed
-        if file.is_dir():
+        if file.is_dir() and not file.is_symlink():
             file.rmdir()
         elif str(file.relative_to(folder)) not in finished:
             file.unlink()
