@@ -61,6 +61,7 @@ def test_the_threshold_decides(root: Path, pair: tuple[str, str]) -> None:
     some = edited(work, "safelora", **{**EVERY, "threshold": tau})
     assert some.plan.units == {name for name, value in found.items() if value <= tau}
     assert edited(work, "safelora", number=8).plan.units == some.plan.units
+    assert edited(work, "safelora", select="share", share=8 / 21).plan.units == some.plan.units
     assert edited(work, "safelora", number=999).plan.units == set(every.units)
 
 
@@ -106,6 +107,7 @@ def test_nothing_is_unlike_nothing() -> None:
         assert not operate(d, t).any()
 
 
-def test_a_number_below_one_is_refused() -> None:
-    with pytest.raises(UserError, match="at least 1"):
-        SafeLoRA(number=0)
+def test_ranges() -> None:
+    for wrong, words in (({"number": 0}, "at least 1"), ({"share": 0.0}, "above 0")):
+        with pytest.raises(UserError, match=words):
+            SafeLoRA(**wrong)

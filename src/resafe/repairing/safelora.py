@@ -32,28 +32,32 @@ from resafe.repairing.space import AnySpace, choose_space
     badge=Badge.EXACT,
     paper="https://arxiv.org/abs/2405.16833",
     needs=frozenset({Need.ALIGNED, Need.BASE}),
+    variants=({}, {"select": "share", "share": 0.35}),
 )
 @dataclass(frozen=True)
 class SafeLoRA(Repair):
     """Project T, or the factor B, of the matrices with the lowest ρ.
 
     Attributes:
-        select: a ``number`` of matrices, or all at or below a ``threshold``.
-        number: how many matrices; more where several tie (published code: 10; about 11 % of them sufficed on
-            Llama-2-7B-Chat, 35 % on Llama-3-8B-Instruct).
+        select: a ``number`` of matrices, all at or below a ``threshold``, or a ``share`` of them.
+        number: how many matrices; more where several tie (published code: 10).
         threshold: τ (published code: 0.5).
+        share: how many of all matrices (about 0.11 sufficed on Llama-2-7B-Chat, 0.35 on Llama-3-8B-Instruct).
         reverse: as a control: as many matrices from the other end, those with the highest ρ.
     """
 
-    select: Literal["number", "threshold"] = "number"
+    select: Literal["number", "threshold", "share"] = "number"
     number: int = 10
     threshold: float = 0.5
+    share: float = 0.35
     reverse: bool = False
 
     def __post_init__(self) -> None:
-        """Check the number."""
+        """Check the ranges."""
         if self.number < 1:
             raise UserError(f"safelora: number must be at least 1, not {self.number}")
+        if not 0.0 < self.share <= 1.0:
+            raise UserError(f"safelora: share must be above 0 and at most 1, not {self.share:g}")
 
     def prepare(self, job: Job) -> AnySpace:
         """Return the space, which knows the right factors."""
@@ -80,7 +84,10 @@ class SafeLoRA(Repair):
 
     def limit(self, rho: list[float]) -> float:
         """Return τ: the given one, or the ρ of the last matrix that counts."""
-        return self.threshold if self.select == "threshold" else sorted(rho)[: self.number][-1]
+        if self.select == "threshold":
+            return self.threshold
+        count = self.number if self.select == "number" else max(1, round(self.share * len(rho)))
+        return sorted(rho)[:count][-1]
 
     def edit(self, unit: Unit, plan: Plan, statistics: object) -> dict[str, Target]:
         """Project one matrix."""
