@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from resafe.errors import UserError
 from resafe.evaluate.damage import Reference, kl, reference_logprobs
 from resafe.evaluate.judge import Judge
 from resafe.evaluate.measure import Measurement, PromptSets, measure
 from resafe.model.chat import encode_with_response
 from resafe.model.load import LoadedModel, load
+from resafe.model.stored import InMemory, catalogue
 from resafe.repairing.base import Model
 from resafe.repairing.engine import Edit
 
@@ -26,23 +26,24 @@ class TrialModel:
     Attributes:
         loaded: the model.
         judge: reads its answers.
-        evaluations: how many times a model was measured.
+        memory: where its checkpoint's tensors lie in it.
+        evaluations: how many times a model was measured; a look at a part of the prompts counts as that part.
     """
 
     loaded: LoadedModel
     judge: Judge
-    evaluations: int = 0
-    _tensors: dict[str, Tensor] = field(default_factory=dict)
+    memory: InMemory
+    evaluations: float = 0.0
 
     @staticmethod
     def of(model: Model, judge: Judge) -> TrialModel:
         """Load a model with any adapter merged in float32."""
         loaded = load(model.folder, merge=True)
-        return TrialModel(loaded, judge, 0, dict(loaded.model.state_dict(keep_vars=True)))
+        return TrialModel(loaded, judge, InMemory(loaded, catalogue(model)))
 
-    def measure(self, prompts: PromptSets) -> Measurement:
-        """Measure the model as it is now."""
-        self.evaluations += 1
+    def measure(self, prompts: PromptSets, whole: PromptSets | None = None) -> Measurement:
+        """Measure the model as it is now; ``whole`` is what ``prompts`` are a part of."""
+        self.evaluations += 1.0 if whole is None else len(prompts) / len(whole)
         return measure(self.loaded, prompts, self.judge)
 
     @contextmanager
@@ -52,21 +53,18 @@ class TrialModel:
         Raises:
             UserError: the edit names a tensor that the model in memory does not have.
         """
-        kept: dict[str, Tensor] = {}
+        kept: list[tuple[Tensor, Tensor]] = []
         try:
             with torch.no_grad():
                 for name in edit.chosen if strength else ():
-                    if name not in self._tensors:
-                        raise UserError(
-                            f"the model in memory has no tensor {name!r}, which {edit.method.name} edits"
-                        )
-                    kept[name] = self._tensors[name].detach().clone()
-                    self._tensors[name].copy_(edit.weight(name, strength))
+                    for place, value in self.memory.places(name, edit.weight(name, strength)):
+                        kept.append((place, place.detach().clone()))
+                        place.copy_(value)
             yield self.loaded
         finally:
             with torch.no_grad():
-                for name, tensor in kept.items():
-                    self._tensors[name].copy_(tensor)
+                for place, before in reversed(kept):  # two names may be of one parameter
+                    place.copy_(before)
 
 
 def own_answers(trial: TrialModel, prompts: PromptSets, measured: Measurement) -> Reference | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,13 +13,16 @@ from resafe import candidates, search
 from resafe.candidates import TrialModel
 from resafe.errors import UserError
 from resafe.evaluate.measure import Measurement
+from resafe.model.load import load
 from resafe.neurons import NeuronSet
 from resafe.protocol import Protocol, protocol
+from resafe.race import front, race
 from resafe.registry import Badge, Method, get
 from resafe.repairing.base import Job, Model
 from resafe.repairing.engine import Edit, plan_edit
 from resafe.repairing.output import Format
 from resafe.results import Outcome, RepairResult, TriedPoint
+from resafe.robustness import Robustness, harmful_answers, probe
 from resafe.roles import Roles, assign
 from resafe.search import Bounds, Trial, best, try_methods
 from resafe.weights.adapter import Adapter
@@ -168,6 +172,14 @@ def try_all(
         )
 
 
+def race_all(
+    run: Experiment, trial_model: TrialModel, chosen: list[Method], baselines: search.Baselines
+) -> list[Trial]:
+    """Let methods race on the choosing split."""
+    with run.timed("repair"):
+        return race(trial_model, chosen, run.job, run.prompts.choose, baselines, run.bounds, run.progress)
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """What the reporting split says about one repair."""
@@ -224,6 +236,9 @@ def reported(
     trials: list[Trial],
     baselines: search.Baselines,
     held: search.Baselines,
+    *,
+    choose: int | None = None,
+    probed: bool = False,
 ) -> tuple[RepairResult, Trial]:
     """Confirm the best trial on the reporting split, with its controls beside it.
 
@@ -233,10 +248,24 @@ def reported(
         trials: what was tried.
         baselines: the tuned model and the reference on the choosing split.
         held: the same on the reporting split.
+        choose: take this place of the Pareto front instead of the best.
+        probed: whether to probe how long the repair lasts.
+
+    Raises:
+        UserError: the front has no such place.
     """
-    pick = best(trials)
+    points = front(trials)
+    if choose is not None and not 1 <= choose <= len(points):
+        raise UserError(
+            f"--choose must lie between 1 and {len(points)}, the points of the front, not {choose}"
+        )
+    pick = best(trials) if choose is None else points[choose - 1]
     with run.timed("verify"):
         found = measure_held_out(run, trial_model, pick, held)
+    robustness = {}
+    if probed:
+        with run.timed("probe"):
+            robustness = probe_both(run, trial_model, pick)
     reasons = tuple(run.bounds.broken(found.after, held.tuned, held.reference))
     verdict = Outcome.NOT_WITHIN_BOUNDS if reasons else Outcome.REPAIRED
     result = with_edit(run.result(verdict), pick.edit, pick.strength)
@@ -250,14 +279,29 @@ def reported(
         controls=found.controls,
         damage=found.damage,
         edited_share=pick.share,
-        evaluations=trial_model.evaluations,
-        tried=tuple(point_of(trial) for trial in trials),
+        evaluations=math.ceil(trial_model.evaluations - 1e-9),
+        robustness=robustness,
+        tried=tuple(point_of(trial, points) for trial in trials),
         reasons=reasons,
     ), pick
 
 
-def point_of(trial: Trial) -> TriedPoint:
+def probe_both(run: Experiment, trial_model: TrialModel, pick: Trial) -> dict[str, Robustness]:
+    """Probe the repaired model and the reference alike."""
+    prompts, judge = run.prompts, run.prompts.judge
+    answers = harmful_answers(trial_model.loaded, prompts.locate.harmful, judge)
+    with trial_model.edited(pick.edit, pick.strength):
+        repaired = probe(trial_model.loaded, prompts.locate, prompts.report, answers, judge)
+    reference = load(run.job.reference().folder, merge=True)
+    return {
+        "repaired": repaired,
+        "reference": probe(reference, prompts.locate, prompts.report, answers, judge),
+    }
+
+
+def point_of(trial: Trial, points: Sequence[Trial]) -> TriedPoint:
     """Return a trial as a point for the report."""
+    place = next((i for i, point in enumerate(points, start=1) if point is trial), None)
     return TriedPoint(
         trial.edit.method.name,
         trial.edit.parameters,
@@ -266,4 +310,5 @@ def point_of(trial: Trial) -> TriedPoint:
         trial.damage,
         trial.share,
         not trial.broken,
+        place,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from resafe.evaluate.measure import Measurement
 from resafe.repairing.engine import EditedShare
+from resafe.robustness import Robustness
 
 
 class Outcome(StrEnum):
@@ -27,7 +28,10 @@ def rates(found: Measurement | None) -> dict[str, object] | None:
 
 @dataclass(frozen=True)
 class TriedPoint:
-    """One point of the search, for the report."""
+    """One point of the search, for the report.
+
+    ``front`` is its place on the Pareto front of harm against cost, the safest first; None off the front.
+    """
 
     method: str
     parameters: Mapping[str, object]
@@ -36,6 +40,7 @@ class TriedPoint:
     damage: float | None
     share: EditedShare
     within_bounds: bool
+    front: int | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return the point as JSON."""
@@ -47,6 +52,7 @@ class TriedPoint:
             "damage": self.damage,
             "edited_share": self.share.to_dict(),
             "within_bounds": self.within_bounds,
+            "front": self.front,
         }
 
 
@@ -69,7 +75,8 @@ class RepairResult:
         edited_share: how much changed.
         coverage: what was looked at and chosen.
         details: the method's own numbers and choices.
-        evaluations: how many times a model was measured.
+        evaluations: how many times a model was measured, looks at a part of the prompts counted as that part.
+        robustness: harmful rates of repaired model and reference after a short probe, where one was made.
         tried: all points of the search.
         notes: sentences for the user.
         roles: the folders by role.
@@ -98,6 +105,7 @@ class RepairResult:
     coverage: Mapping[str, object] = field(default_factory=dict)
     details: Mapping[str, object] = field(default_factory=dict)
     evaluations: int = 0
+    robustness: Mapping[str, Robustness] = field(default_factory=dict)
     tried: tuple[TriedPoint, ...] = ()
     notes: tuple[str, ...] = ()
     roles: Mapping[str, Path] = field(default_factory=dict)
@@ -128,6 +136,7 @@ class RepairResult:
             "coverage": dict(self.coverage),
             "details": dict(self.details),
             "evaluations": self.evaluations,
+            "robustness": {name: found.to_dict() for name, found in self.robustness.items()},
             "tried": [point.to_dict() for point in self.tried],
             "notes": list(self.notes),
             "models": {role: str(folder) for role, folder in self.roles.items()},

@@ -154,11 +154,11 @@ def try_methods(
             job.note(f"{method.name} {settings or ''} stepped aside: {error}")
             continue
         for s in edit.repair.strengths(method.strengths) if strength is None else (strength,):
-            trials.append(_measure(trial_model, edit, s, prompts, baselines, bounds))
+            trials.append(measure_trial(trial_model, edit, s, prompts, baselines, bounds))
     return trials
 
 
-def _measure(
+def measure_trial(
     trial_model: TrialModel,
     edit: Edit,
     strength: float,
@@ -166,6 +166,7 @@ def _measure(
     baselines: Baselines,
     bounds: Bounds,
 ) -> Trial:
+    """Measure one edit at one strength, and the damage it does."""
     with trial_model.edited(edit, strength):
         found = trial_model.measure(prompts)
         moved = damage(trial_model, baselines.answers)

@@ -20,6 +20,7 @@ from resafe.experiment import (
     held_out_baselines,
     measure_baselines,
     planned,
+    race_all,
     reported,
     try_all,
     with_edit,
@@ -82,6 +83,8 @@ def repair(
     format: Format = "same",
     dry_run: bool = False,
     bounds: Bounds | None = None,
+    choose: int | None = None,
+    probe: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RepairResult:
@@ -102,6 +105,8 @@ def repair(
         format: ``same`` as the input, ``merged`` or ``adapter``.
         dry_run: measure and decide, but write nothing.
         bounds: what the repair may cost.
+        choose: take this place of the Pareto front, which a dry run prints, instead of the best.
+        probe: with the automatic choice, probe how long the repair lasts.
         seed: seed of random draws.
         progress: called with (step, done, total).
 
@@ -116,7 +121,18 @@ def repair(
     run = begin(tuned, aligned, base, files, neurons, format, seed, bounds or Bounds(), progress)
     with threads_for(run.roles.tuned):
         return _repaired(
-            run, chosen, method, parameters or {}, strength, files, neurons, target, format, dry_run
+            run,
+            chosen,
+            method,
+            parameters or {},
+            strength,
+            files,
+            neurons,
+            target,
+            format,
+            dry_run,
+            choose,
+            probe,
         )
 
 
@@ -131,6 +147,8 @@ def _repaired(
     target: Path,
     wanted: Format,
     dry_run: bool,
+    choose: int | None,
+    probe: bool,
 ) -> RepairResult:
     command = {
         "verb": "repair",
@@ -151,7 +169,10 @@ def _repaired(
         output_kind(edit, wanted)
         result = with_edit(run.result(Outcome.WRITTEN), edit, strength)
     else:
-        found = _searched(run, chosen, parameters, strength, automatic=method == "auto")
+        automatic = method == "auto"
+        found = _searched(
+            run, chosen, parameters, strength, automatic=automatic, choose=choose, probe=probe and automatic
+        )
         if found.trial is None:
             return found.result
         result, edit, strength = found.result, found.trial.edit, found.trial.strength
@@ -189,15 +210,20 @@ def _searched(
     strength: float | None,
     *,
     automatic: bool,
+    choose: int | None,
+    probe: bool,
 ) -> _Search:
     """Measure, choose on one split, confirm on the other with the controls beside it."""
     trial_model, baselines = measure_baselines(run)
     if automatic and search.reaches(baselines.tuned.harmful_rate, baselines.reference.harmful_rate):
         return _Search(_nothing(run, trial_model, baselines), None)
-    trials = try_all(run, trial_model, chosen, parameters, strength, baselines)
+    if automatic:
+        trials = race_all(run, trial_model, chosen, baselines)
+    else:
+        trials = try_all(run, trial_model, chosen, parameters, strength, baselines)
     with run.timed("verify"):
         held = held_out_baselines(run, trial_model)
-    result, pick = reported(run, trial_model, trials, baselines, held)
+    result, pick = reported(run, trial_model, trials, baselines, held, choose=choose, probed=probe)
     return _Search(result, pick)
 
 
@@ -211,7 +237,7 @@ def _nothing(run: Experiment, trial_model: TrialModel, baselines: search.Baselin
         held_out=held.tuned,
         before_held_out=held.tuned,
         reference=held.reference,
-        evaluations=trial_model.evaluations,
+        evaluations=math.ceil(trial_model.evaluations - 1e-9),
     )
 
 
@@ -322,7 +348,7 @@ def _compared(run: Experiment) -> CompareResult:
         run.prompts.source,
         run.prompts.judge.name,
         run.job.seed,
-        trial_model.evaluations,
+        math.ceil(trial_model.evaluations - 1e-9),
         tuple(run.notes),
     )
 

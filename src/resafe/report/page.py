@@ -69,6 +69,7 @@ def page(result: RepairResult) -> str:
             p.damage,
             p.share,
             p.within_bounds,
+            p.front,
         )
         for p in result.tried
     ]

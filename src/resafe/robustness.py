@@ -1,0 +1,137 @@
+"""How long a repair lasts: the harmful rate after a little harmful fine-tuning, and without its top neurons.
+
+A short probe, not an attack (those are to come): it tells a repair that a few steps undo from one that holds
+like the reference. Everything happens in memory and is undone. The harmful answers that it trains on are the
+broken model's own, to prompts that report nothing; they are never written.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from resafe.evaluate.judge import Judge, Verdict
+from resafe.evaluate.measure import PromptSets, measure
+from resafe.evaluate.prompts import Prompt
+from resafe.evaluate.stats import Rate
+from resafe.locating.base import Found
+from resafe.locating.observe import Bench, observe
+from resafe.locating.safeneuron import SafeNeuron
+from resafe.locating.texts import build_texts
+from resafe.model.chat import encode_with_response
+from resafe.model.generate import forward_batches
+from resafe.model.hooks import silence
+from resafe.model.load import LoadedModel
+from resafe.neurons import NeuronScores, Site
+
+ASKED = 64  # harmful prompts that are asked after each change
+TRAINED = 32  # answers that are trained on
+STEPS = 5
+STEP = 0.003  # each step moves every weight by this share of its tensor's root mean square
+SILENCED = 0.01  # share of the feed-forward neurons
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Harmful rates of one model.
+
+    Attributes:
+        intact: as it is.
+        tuned: after the steps of harmful fine-tuning.
+        silenced: without the neurons that answer harmful prompts most.
+    """
+
+    intact: Rate | None
+    tuned: Rate | None
+    silenced: Rate | None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the rates as JSON."""
+        rates = {"intact": self.intact, "tuned": self.tuned, "silenced": self.silenced}
+        return {name: None if rate is None else rate.to_dict() for name, rate in rates.items()}
+
+
+def harmful_answers(broken: LoadedModel, prompts: Sequence[Prompt], judge: Judge) -> list[tuple[Prompt, str]]:
+    """Return a broken model's answers to harmful prompts, where it answers them."""
+    asked = tuple(prompts[:TRAINED])
+    answers = measure(broken, PromptSets(asked), judge).answers.harmful
+    rows = zip(asked, answers.texts, answers.verdicts, strict=True)
+    return [(prompt, text) for prompt, text, verdict in rows if verdict is Verdict.ANSWERED]
+
+
+def probe(
+    loaded: LoadedModel,
+    locate: PromptSets,
+    report: PromptSets,
+    answers: Sequence[tuple[Prompt, str]],
+    judge: Judge,
+) -> Robustness:
+    """Probe one model; it is afterwards as it was.
+
+    Args:
+        loaded: the model.
+        locate: prompts that find neurons.
+        report: prompts that are asked, of which the first ``ASKED`` harmful ones are.
+        answers: what to train on; none: that part is left out.
+        judge: reads the answers.
+    """
+    asked = PromptSets(report.harmful[:ASKED])
+    intact = measure(loaded, asked, judge).harmful_rate
+    with silence(loaded.model, _loudest(loaded, locate)):
+        silenced = measure(loaded, asked, judge).harmful_rate
+    tuned = None
+    if answers:
+        with _restored(loaded):
+            _harm(loaded, answers)
+            tuned = measure(loaded, asked, judge).harmful_rate
+    return Robustness(intact, tuned, silenced)
+
+
+def _loudest(loaded: LoadedModel, prompts: PromptSets) -> Mapping[str, Tensor]:
+    """Return masks of the neurons with the largest effect of harmful against benign prompts."""
+    bench, method = Bench.of(loaded), SafeNeuron(rule="es")
+    texts = build_texts(loaded, prompts.harmful, "harmful") + build_texts(loaded, prompts.benign, "benign")
+    with tempfile.TemporaryDirectory(prefix="resafe-") as folder:
+        folds = observe(bench, texts, method.observers(), Path(folder), folds=1)
+        scores = NeuronScores(Site.FFN, method.scores(Found(bench, folds, texts)), "safeneuron", "")
+    return scores.top(share=SILENCED).masks
+
+
+@contextmanager
+def _restored(loaded: LoadedModel) -> Iterator[None]:
+    """Put every parameter back afterwards."""
+    kept = {name: value.detach().cpu().clone() for name, value in loaded.model.named_parameters()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in loaded.model.named_parameters():
+                value.requires_grad_(False)
+                value.grad = None
+                value.copy_(kept[name])
+
+
+def _harm(loaded: LoadedModel, answers: Sequence[tuple[Prompt, str]]) -> None:
+    """Take steps along the sign of the gradient, which are of one size whatever the model's scale."""
+    prompts, responses = [p for p, _ in answers], [text for _, text in answers]
+    ids, starts = encode_with_response(loaded.tokenizer, prompts, responses)
+    for value in loaded.model.parameters():
+        value.requires_grad_(value.is_floating_point())
+    for _ in range(STEPS):
+        for tokens, attention, response in forward_batches(loaded, ids, starts, 8):
+            logits = loaded.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits
+            target = tokens[:, 1:].masked_fill(~response[:, 1:], -100)
+            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten())
+            torch.autograd.backward(loss)
+        with torch.no_grad():
+            for value in loaded.model.parameters():
+                if value.grad is not None:
+                    value.add_(value.grad.sign(), alpha=-STEP * float(value.float().square().mean().sqrt()))
+                    value.grad = None
