@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import resafe
 from resafe.errors import UserError
+from resafe.repairing import output
 from resafe.repairing.engine import Edit
 from resafe.repairing.space import DenseSpace
 from resafe.weights.adapter import WEIGHTS, Adapter
@@ -313,3 +314,108 @@ def test_the_same_model_and_strangers(root: Path, tmp_path: Path, command: Comma
     shown = command("diff", root / "aligned", root / "tuned")
     assert "model.layers.2.mlp.down_proj.weight" in shown.out
     assert "elsewhere" in shown.out
+
+
+# Edits as adapters ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world again, of matrices that are larger than their changes' factors."""
+    root = tmp_path_factory.mktemp("wide")
+    settings = tiny.config("llama")
+    settings.hidden_size, settings.intermediate_size, settings.head_dim = 64, 96, 32
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(settings, dtype=torch.float32).save_pretrained(root / "base")
+    world.moved(root / "aligned", root / "base", 0.02, 1)
+    world.moved(root / "tuned", root / "aligned", 0.02, 2)
+    world.adapter(root / "continued", root / "base", world.noise(5, 0.1))
+    return root
+
+
+@pytest.mark.parametrize("case", ["dense", "an adapter over another model"])
+def test_a_low_rank_edit_becomes_an_adapter(wide: Path, tmp_path: Path, case: str) -> None:
+    """PEFT sees with the adapter what it sees with the merged result; rank and error are said."""
+    tuned = {"dense": "tuned", "an adapter over another model": "continued"}[case]
+    notes: list[str] = []
+    work = world.job(wide, tuned, "aligned", note=notes.append)
+    edit = world.edited(work, "reset", layers="1-2")
+    assert isinstance(edit.space, DenseSpace)
+    whole = world.written(edit, tmp_path / "merged", 0.5, "merged")
+    made = world.written(edit, tmp_path / "adapter", 0.5, "adapter")
+    assert made.share == whole.share
+    world.close(world.effective(tmp_path / "adapter"), world.effective(tmp_path / "merged"), atol=1e-3)
+    torch.testing.assert_close(
+        world.logits(tmp_path / "adapter"), world.logits(tmp_path / "merged"), rtol=0, atol=5e-2
+    )
+    adapter = Adapter.open(tmp_path / "adapter")
+    rank = {"dense": 3, "an adapter over another model": 4 + (4 + 3)}[
+        case
+    ]  # its own, and the way to the other
+    assert {adapter.rank(name) for name in edit.chosen} == {rank}
+    assert "the edit of 14 matrices at rank" in notes[-1]
+    names = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert {WEIGHTS, "adapter_config.json", "tokenizer.json"} - (
+        {"tokenizer.json"} if "over" in case else set()
+    ) <= names
+    assert not names & {"config.json", "model.safetensors"}
+    base = {"dense": "tuned", "an adapter over another model": "base"}[case]
+    assert adapter.base.folder == (wide / base).resolve()
+
+
+def test_an_adapter_over_a_bf16_model_is_as_good_as_merging(tmp_path: Path) -> None:
+    """Rounding makes both models full-rank; the adapter leaves out no more than rounding the result would."""
+    made = tiny.config("llama")
+    made.hidden_size, made.intermediate_size, made.num_hidden_layers = 128, 256, 1
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "aligned")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                left, right = (torch.randn(side, 2, generator=generator) for side in weight.shape)
+                weight.copy_(weight.float() + 0.1 * left @ right.T)
+    model.save_pretrained(tmp_path / "tuned")
+    notes: list[str] = []
+    edit = world.edited(world.job(tmp_path, "tuned", "aligned", None, note=notes.append), "reset")
+    world.written(edit, tmp_path / "out", 1.0, "adapter")
+    adapter = Adapter.open(tmp_path / "out")
+    assert {adapter.rank(name) for name in adapter.modules} == {2}
+    rounded = resafe.diff(tmp_path / "out", tmp_path / "aligned", ranks=False)
+    moved = resafe.diff(tmp_path / "tuned", tmp_path / "aligned", ranks=False)
+    for left, before in zip(rounded.modules, moved.modules, strict=True):
+        assert left.norm <= 0.03 * before.norm
+    assert "rank 2, to within" in notes[-1]
+
+
+def test_what_no_adapter_can_hold_is_refused(root: Path, tmp_path: Path) -> None:
+    both = world.job(root, "tuned", "aligned")
+    with pytest.raises(UserError, match="lm_head.weight, which an adapter's factors cannot hold"):
+        world.written(world.edited(both, "interpolate"), tmp_path / "out", 0.5, "adapter")
+    tiny.save_dense(tmp_path / "other", seed=5)
+    (tmp_path / "tuned").symlink_to(root / "tuned")
+    far = world.edited(world.job(tmp_path, "tuned", "other", None), "reset")
+    with pytest.raises(UserError, match="is not of low rank"):
+        world.written(far, tmp_path / "out", 1.0, "adapter")
+    assert {file.name for file in tmp_path.iterdir()} == {"other", "tuned"}
+    same = world.edited(world.job(root, "aligned", "aligned"), "reset")
+    with pytest.raises(UserError, match="changed nothing"):
+        world.written(same, tmp_path / "out", 1.0, "adapter")
+
+
+def test_an_adapter_killed_after_its_weights_is_finished(wide: Path, tmp_path: Path) -> None:
+    edit = world.edited(world.job(wide, "tuned", "aligned"), "reset", layers="1-1")
+    world.written(edit, tmp_path / "whole", 1.0, "adapter")
+
+    def run() -> None:
+        def die(*_: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        output.write(edit, 1.0, tmp_path / "out", "adapter", "key", die)
+
+    assert wait_for(fork(run, tmp_path)[0]) == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    found = world.written(edit, tmp_path / "out", 1.0, "adapter")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert found.share.changed > 0

@@ -20,7 +20,6 @@ from resafe.weights.checkpoint import Checkpoint
 
 LIMIT = 64  # ranks are told apart up to here
 _EXTRA = 8  # directions that the sketch has beyond the limit
-_BLOCK = 1 << 20  # entries that are looked at together
 _GRAIN = 1e-6  # of the largest singular value: where the arithmetic of float32 ends
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Progress = Callable[[str, int, int], None]
@@ -270,18 +269,8 @@ def _touched(mask: Tensor, kept: Sequence[int]) -> Tensor:
 
 
 def _rounding(one: Tensor, other: Tensor, mask: Tensor) -> float:
-    """Return the root mean square, over all entries, of what rounding both to their types can have added.
-
-    A value between two neighbours ``u`` apart is rounded by at most ``u / 2`` either way: u² / 12 on average.
-    """
-    squares, mask = 0.0, mask.reshape(-1)
-    for tensor in (one.reshape(-1), other.reshape(-1)):
-        half = torch.finfo(tensor.dtype).eps / 2
-        for start in range(0, len(mask), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            ulp = half * torch.exp2(torch.frexp(tensor[block].float())[1])
-            squares += float((ulp * mask[block]).double().square().sum()) / 12
-    return math.sqrt(squares / len(mask))
+    """Return the root mean square, over all entries, of what rounding both to their types can have added."""
+    return math.sqrt((lowrank.rounding(one, mask) + lowrank.rounding(other, mask)) / one.numel())
 
 
 def _rank(delta: Tensor, rounding: float) -> int:

@@ -329,8 +329,12 @@ def test_spaces(root: Path) -> None:
     for case, kind in kinds.items():
         assert isinstance(edited(job(root, *PAIRS[case]), "reset").space, kind)
     assert isinstance(edited(job(root, "continued", "aligned-adapter"), "nlsr").space, FactorSpace)
-    with pytest.raises(UserError, match="use --format merged"):
-        output_kind(edited(job(root, "tuned", "aligned"), "reset"), "adapter")
+    dense = edited(job(root, "tuned", "aligned"), "reset")
+    assert [output_kind(dense, wanted) for wanted in ("same", "merged", "adapter")] == [
+        "dense",
+        "dense",
+        "adapter",
+    ]
 
 
 def test_other_architectures_are_refused_by_name(root: Path, tmp_path: Path) -> None:

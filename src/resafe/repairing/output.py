@@ -10,9 +10,11 @@ from typing import Literal
 from torch import Tensor
 
 from resafe.errors import UserError
+from resafe.repairing.as_adapter import as_adapter
+from resafe.repairing.base import Model
 from resafe.repairing.engine import Edit, EditedShare, ShareCounter
 from resafe.repairing.space import AnySpace, DenseSpace, FactorSpace, RowSpace
-from resafe.weights.adapter import WEIGHTS, Adapter, Factors
+from resafe.weights.adapter import PREFIX, WEIGHTS, Adapter, Factors
 from resafe.weights.checkpoint import ADAPTER_CONFIG, INDEX, Checkpoint, travelling_files
 from resafe.weights.patch import PATCH, PatchWriter
 from resafe.weights.shard import Shard, TensorInfo, read, release
@@ -28,6 +30,20 @@ from resafe.weights.writer import (
     write_tensors,
 )
 
+_LEFT = ".lora_A.weight"
+# What an adapter says that is made here; its ranks and scales stand in patterns.
+_NEW: dict[str, object] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 1,
+    "lora_alpha": 1,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "inference_mode": True,
+}
+_BY_NAME_ONLY = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+# No part of an adapter over the model that they come with.
+_OF_WHOLE_MODELS = ("config.json", "generation_config.json", "README.md")
 Format = Literal["same", "merged", "adapter", "patch"]
 Progress = Callable[[str, int, int], None]
 
@@ -45,7 +61,7 @@ def output_kind(edit: Edit, wanted: Format) -> Literal["dense", "adapter"]:
     """Return what will be written.
 
     Raises:
-        UserError: an adapter is wanted from an edit of whole matrices, or a patch that would merge an adapter.
+        UserError: a patch is wanted of an edit that merges an adapter.
     """
     if isinstance(edit.space, DenseSpace):
         if wanted == "patch" and isinstance(edit.space.tuned, Adapter):
@@ -53,12 +69,7 @@ def output_kind(edit: Edit, wanted: Format) -> Literal["dense", "adapter"]:
                 f"{edit.method.name} edits whole matrices here, so the result is no adapter any more and no patch "
                 "leads to it; use --format merged"
             )
-        if wanted == "adapter":
-            raise UserError(
-                f"{edit.method.name} edits whole matrices here, which no adapter of this rank can hold; "
-                "use --format merged"
-            )
-        return "dense"
+        return "adapter" if wanted == "adapter" else "dense"
     return "dense" if wanted == "merged" else "adapter"
 
 
@@ -200,10 +211,13 @@ def _patch_adapter(
 
 def _write_adapter(edit: Edit, strength: float, staging: Staging, counter: ShareCounter) -> None:
     space, chosen = edit.space, set(edit.chosen if strength else ())
-    assert isinstance(space, RowSpace | FactorSpace)
-    tuned = space.tuned
     if WEIGHTS in staging.done:
         return
+    if isinstance(space, DenseSpace):
+        write_tensors(staging.folder / WEIGHTS, as_adapter(edit, strength, counter))
+        staging.record(WEIGHTS)
+        return
+    tuned = space.tuned
     widened = isinstance(space, RowSpace) and space.reference is not None
     widened = widened or any(_grows(edit, name) for name in list(edit.chosen)[:1])
     if widened and strength:
@@ -266,28 +280,33 @@ def _copy_others(space: AnySpace, kind: str, staging: Staging) -> None:
         index = tuned.folder / INDEX
     if kind == "dense" and index.is_file():
         files[INDEX] = index
+    if kind == "adapter" and not isinstance(tuned, Adapter):
+        files = {name: f for name, f in files.items() if name not in _OF_WHOLE_MODELS}
     copy_files(files, staging.folder)
     if kind == "adapter":
-        assert isinstance(tuned, Adapter)
         settings = _adapter_settings(tuned, staging.folder / WEIGHTS, staging.out)
-        if settings != tuned.settings:
+        if not isinstance(tuned, Adapter) or settings != tuned.settings:
             write_json(staging.folder / ADAPTER_CONFIG, settings)
 
 
-def _adapter_settings(tuned: Adapter, file: Path, out: Path) -> dict[str, object]:
+def _adapter_settings(tuned: Model, file: Path, out: Path) -> dict[str, object]:
     """Return the settings of the adapter in ``file``: every module keeps its scale, alpha follows its rank.
 
     It is to lie in ``out``. A base given relative to the old folder is rewritten, so that the new one finds it too.
     """
-    settings = dict(tuned.settings)
-    written = Shard.open(file).tensors
-    ranks = {name: written[tuned.key(name, "A")].shape[0] for name in tuned.modules}
-    if any(rank != tuned.rank(name) for name, rank in ranks.items()):
+    written = Shard.open(file).tensors.items()
+    lefts = {key.removeprefix(PREFIX): info for key, info in written if key.endswith(_LEFT)}
+    ranks = {key.removesuffix(_LEFT): info.shape[0] for key, info in lefts.items()}
+    own = tuned if isinstance(tuned, Adapter) else None
+    old = {name.removesuffix(".weight"): name for name in own.modules} if own else {}
+    settings = dict(own.settings) if own else _NEW | {"base_model_name_or_path": str(tuned.folder.resolve())}
+    if any(own is None or m not in old or own.rank(old[m]) != rank for m, rank in ranks.items()):
+        scales = {m: own.scale(name) for m, name in old.items()} if own else {}
         settings["use_rslora"] = False
-        settings["rank_pattern"] = {name.removesuffix(".weight"): rank for name, rank in ranks.items()}
-        settings["alpha_pattern"] = {
-            name.removesuffix(".weight"): tuned.scale(name) * rank for name, rank in ranks.items()
-        }
+        settings["rank_pattern"] = ranks
+        settings["alpha_pattern"] = {m: scales.get(m, 1.0) * rank for m, rank in ranks.items()}
+    if set(ranks) != set(old):
+        settings |= {"target_modules": sorted(ranks), **_BY_NAME_ONLY}
     ref = settings.get("base_model_name_or_path")
     beside = tuned.folder / str(ref)
     same_parent = out.absolute().parent == tuned.folder.absolute().parent

@@ -15,7 +15,7 @@ from resafe.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json, res
 from resafe.weights.shard import Shard, TensorInfo, read
 
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
 # Settings of LoRA's relatives: with any of them the delta is no longer s·B·A on the base as published.
 _UNSUPPORTED = (
@@ -104,7 +104,7 @@ class Adapter:
     def _check_keys(self) -> None:
         halves: dict[str, dict[str, TensorInfo]] = {}
         for key in self.shard.tensors:
-            match = _FACTOR.fullmatch(key.removeprefix(_PREFIX))
+            match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
             if match:
                 halves.setdefault(match["module"], {})[match["which"]] = self.shard.tensors[key]
             elif "lora_" in key:
@@ -120,18 +120,18 @@ class Adapter:
     @cached_property
     def modules(self) -> tuple[str, ...]:
         """Weight names that the factors add to, in file order of their first factor."""
-        found = (_FACTOR.fullmatch(key.removeprefix(_PREFIX)) for key in self.shard.tensors)
+        found = (_FACTOR.fullmatch(key.removeprefix(PREFIX)) for key in self.shard.tensors)
         return tuple(dict.fromkeys(match["module"] + ".weight" for match in found if match))
 
     @cached_property
     def replaced(self) -> dict[str, TensorInfo]:
         """Tensors that the adapter stores whole (``modules_to_save``), by base name."""
         tensors = self.shard.tensors.items()
-        return {key.removeprefix(_PREFIX): info for key, info in tensors if "lora_" not in key}
+        return {key.removeprefix(PREFIX): info for key, info in tensors if "lora_" not in key}
 
     def key(self, name: str, which: str) -> str:
         """Return the file key of factor ``which`` ('A' or 'B') of a module's weight name."""
-        return f"{_PREFIX}{name.removesuffix('.weight')}.lora_{which}.weight"
+        return f"{PREFIX}{name.removesuffix('.weight')}.lora_{which}.weight"
 
     def rank(self, name: str) -> int:
         """Return the stored rank of one module."""

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+_BLOCK = 1 << 20  # entries that are looked at together
 _EXTRA = 8  # directions beside those asked for
 _RESIDUAL = 3e-4
 
@@ -38,6 +39,25 @@ def norm(b: Tensor, a: Tensor) -> float:
     """Return the Frobenius norm of ``b @ a``."""
     square: float = inner(b, a, b, a)
     return math.sqrt(max(0.0, square))
+
+
+def rounding(tensor: Tensor, where: Tensor | None = None) -> float:
+    """Return the sum of squares that rounding to the tensor's type has put into it, on average.
+
+    A value whose neighbours are ``u`` apart is rounded by at most ``u / 2`` either way: u² / 12 on average.
+
+    Args:
+        tensor: the rounded values.
+        where: which of them to count (default: all).
+    """
+    flat, total = tensor.reshape(-1), 0.0
+    half = torch.finfo(tensor.dtype).eps / 2
+    for start in range(0, len(flat), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        ulp = half * torch.exp2(torch.frexp(flat[block].float())[1])
+        squares = ulp.double().square()
+        total += float(squares.sum() if where is None else squares[where.reshape(-1)[block]].sum()) / 12
+    return total
 
 
 def left_singular(matrix: Tensor, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
