@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resafe.errors import UserError
+from resafe.model.stored import EMBEDDINGS, aliases, refuse_packed
 from resafe.repairing.base import Model
 from resafe.repairing.space import block_matrices
 from resafe.weights.adapter import Adapter, open_model
@@ -45,6 +46,8 @@ def assign(tuned: str | Path, aligned: str | Path | None = None, base: str | Pat
         UserError: a model cannot be read, or the reference is of another shape or plainly not the parent.
     """
     model = open_model(tuned)
+    if not isinstance(model, Adapter):
+        refuse_packed(model)
     reference, found = (open_model(aligned), "given") if aligned is not None else find_parent(model)
     root = _open_base(base) if base is not None else _base_of(model, reference)
     if reference is not None:
@@ -130,14 +133,24 @@ def check_family(tuned: Model, aligned: Model) -> None:
     if isinstance(tuned, Adapter) and isinstance(aligned, Adapter):
         _check_one_base(tuned, aligned)
         return
-    mine = {name: tuned.info(name).shape for name in tuned.names}
-    theirs = {name: aligned.info(name).shape for name in aligned.names}
+    mine, theirs = _shapes(tuned), _shapes(aligned)
     for name in sorted({*mine, *theirs}):
-        if mine.get(name) != theirs.get(name):
+        if mine.get(name) != theirs.get(name) and not _resized(name, mine.get(name), theirs.get(name)):
             raise UserError(
                 f"{tuned.folder} and {aligned.folder} are not of one shape: {name} is "
                 f"{_shape(mine.get(name))} and {_shape(theirs.get(name))}; give the model it was tuned from"
             )
+
+
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Return the shapes by name, without a tied output embedding, which may be stored or not."""
+    copies = aliases(model)
+    return {name: model.info(name).shape for name in model.names if name not in copies}
+
+
+def _resized(name: str, one: tuple[int, ...] | None, other: tuple[int, ...] | None) -> bool:
+    """Whether two tensors are embeddings of vocabularies of which one goes on where the other ends."""
+    return name.endswith(EMBEDDINGS) and one is not None and other is not None and one[1:] == other[1:]
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

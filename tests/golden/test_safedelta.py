@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from resafe.locating.lowrank import Calibration, grams, maps
+from resafe.model.stored import catalogue
 from resafe.repairing.safedelta import Curvature, SafeDelta, hessian
 from resafe.repairing.space import DenseSpace
 from resafe.weights.checkpoint import Checkpoint
@@ -33,7 +34,11 @@ def text(calibration: dict) -> Calibration:
 @pytest.fixture(scope="module")
 def curvature(calibration: dict) -> dict[str, Curvature]:
     return {
-        arch: SafeDelta().curvature(bench(GOLDEN / "inputs" / arch / "aligned").loaded, text(calibration))
+        arch: SafeDelta().curvature(
+            bench(GOLDEN / "inputs" / arch / "aligned").loaded,
+            text(calibration),
+            catalogue(Checkpoint.open(GOLDEN / "inputs" / arch / "aligned")),
+        )
         for arch in {arch for arch, _ in CASES}
     }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from resafe.errors import UserError
 from resafe.repairing.base import Kind, Plan, Target, Unit
@@ -338,10 +338,10 @@ def test_spaces(root: Path) -> None:
 
 
 def test_other_architectures_are_refused_by_name(root: Path, tmp_path: Path) -> None:
-    settings = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=8)
-    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(UserError, match="model_type gpt2"):
-        edited(job(tmp_path, "gpt2", "gpt2", None), "reset")
+    settings = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(UserError, match="MambaForCausalLM has no feed-forward block"):
+        edited(job(tmp_path, "mamba", "mamba", None), "reset")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -20,7 +20,7 @@ from resafe.locating.base import Values
 from resafe.locating.observe import Bench, Text
 from resafe.model.generate import forward_batches
 from resafe.model.hooks import Seen, capture, capture_neurons, input_of
-from resafe.model.layout import Layout, linear_names
+from resafe.model.layout import READS, Layout, linear_names
 from resafe.model.load import LoadedModel
 from resafe.model.parts import Matrix, held
 from resafe.neurons import layer_of
@@ -60,7 +60,8 @@ def accumulate(
     mask: list[Tensor] = []
 
     def watch(source: Source, inputs: Tensor) -> None:
-        see(source, inputs[mask[0]].float())
+        rows = inputs.reshape(-1, *inputs.shape[-2:])  # latent attention adds an axis of 1
+        see(source, rows[mask[0]].float())
 
     def neurons(seen: Seen) -> None:
         source = Source(seen.part.name, "ffn" if seen.where == "ffn" else "input", seen.expert)
@@ -170,14 +171,6 @@ class SecondMoments(NamedTuple):
         return directions
 
 
-# Query, key and value read one tensor, and so do gate and up.
-_READS = {
-    "self_attn.k_proj": "self_attn.q_proj",
-    "self_attn.v_proj": "self_attn.q_proj",
-    "mlp.up_proj": "mlp.gate_proj",
-}
-
-
 def maps(layout: Layout, unit: Unit) -> list[Map]:
     """Return every matrix of every block, or every matrix of neurons, expert by expert."""
     if unit == "entry":
@@ -186,7 +179,7 @@ def maps(layout: Layout, unit: Unit) -> list[Map]:
                 linear.name,
                 Matrix(linear.name, None, linear.module, "weight", 0, slice(None), inputs=False),
                 None,
-                Source(f"{block.name}.{_READS.get(path, path)}.weight"),
+                Source(f"{block.name}.{READS.get(path, path)}.weight"),
             )
             for block in layout
             for path, linear in block.linears.items()

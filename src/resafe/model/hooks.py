@@ -279,13 +279,13 @@ def _after(module: nn.Module, see: Callable[[Tensor], object]) -> RemovableHandl
 def _find(layout: Layout, site: Site) -> nn.Module:
     if site.where in ("block", "entry"):
         return layout[site.layer].module
-    linears = layout.linears
+    linears = layout.maps
     if site.name not in linears:
         raise UserError(
             f"{layout.architecture} has no block matrix {site.name!r}{nearest(site.name, linears)}; "
             "names are the checkpoint's, such as 'model.layers.0.mlp.down_proj.weight'"
         )
-    return linears[site.name].module
+    return linears[site.name]
 
 
 def _observe(module: nn.Module, site: Site, callback: Callback, recorder: Recorder) -> RemovableHandle:

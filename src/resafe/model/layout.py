@@ -14,6 +14,7 @@ from functools import cached_property
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from resafe.errors import UserError, nearest
 from resafe.model.parts import (
@@ -30,6 +31,11 @@ from resafe.model.parts import (
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 FEED_FORWARD = (GATE, UP, DOWN)
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+READS = {  # query, key and value read one tensor, and so do gate and up
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    UP: GATE,
+}
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,12 @@ class Layout:
         return {linear.name: linear for block in self.blocks for linear in block.linears.values()}
 
     @property
+    def maps(self) -> dict[str, nn.Module]:
+        """Every plain linear map of every block by its weight's name, whatever else a block holds."""
+        found = (pair for block in self.blocks for pair in matrices(block.module, block.name))
+        return {f"{name}.weight": module for name, module in found if _is_plain(module)}
+
+    @property
     def coverage(self) -> Coverage:
         """Count what was understood."""
         return Coverage(
@@ -236,6 +248,10 @@ def _block_name(name: str) -> str:
     """Return a part's name up to its first number."""
     steps = name.split(".")
     return ".".join(steps[: 1 + next(i for i, step in enumerate(steps) if step.isdecimal())])
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(base(module), nn.Linear | Conv1D)
 
 
 def _block_linear(name: str, module: nn.Module) -> BlockLinear:

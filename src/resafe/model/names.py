@@ -137,6 +137,26 @@ def places(model: PreTrainedModel | PeftModel, view: Checkpoint | None = None) -
     )
 
 
+def renamed(model: PreTrainedModel, view: Checkpoint) -> dict[str, str]:
+    """Return which parameter a tensor of the checkpoint is, where the two have different names.
+
+    Parameters that lie in several tensors, or share one, are left out.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    numbered = {
+        name: torch.full((_HIDDEN,) * parameter.ndim, number)
+        for number, (name, parameter) in enumerate(parameters.items())
+    }
+    names = list(parameters)
+    found: dict[str, str] = {}
+    for key, tensor in _as_saved(model, numbered).items():
+        number = int(tensor.flatten()[0])
+        whole = tensor.shape == numbered[names[number]].shape and bool((tensor == number).all())
+        if whole and key != names[number] and key in view.names:
+            found[key] = names[number]
+    return found
+
+
 class _Shapes:
     """A model to transformers' conversion, whose parameters have the shapes that it is told."""
 

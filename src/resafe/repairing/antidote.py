@@ -142,7 +142,7 @@ def loudness(loaded: LoadedModel, text: Calibration, space: AnySpace) -> dict[st
     """Return ``sqrt(Σ_tokens x_j² / n)`` of the inputs of each tensor of a space, over all tokens of the texts."""
     whole = Calibration(text.ids, [0] * len(text.ids))
     if isinstance(space, DenseSpace):
-        return input_norms(loaded, whole, space.matrices())
+        return input_norms(loaded, whole, space.catalogue)
     factors = {name: space.tuned.factors(name).a.float() for name in space.matrices()}
     sums: dict[str, Tensor] = {}
 

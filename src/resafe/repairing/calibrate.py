@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from resafe.locating.lowrank import Calibration, Source, accumulate
 from resafe.model.chat import encode, encode_with_response
 from resafe.model.generate import generate
 from resafe.model.load import LoadedModel
+from resafe.model.stored import Catalogue, InMemory
 
 _NEW_TOKENS = 64
 
@@ -89,30 +90,43 @@ def prompts_only(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Calibration:
     return Calibration(ids, [0] * len(ids))
 
 
-def input_norms(loaded: LoadedModel, text: Calibration, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return ``sqrt(Σ_tokens x_j² / n_texts)`` of each matrix's inputs, float32 (in,), as Wanda uses it."""
-    sums: dict[str, Tensor] = {}
+def input_norms(loaded: LoadedModel, text: Calibration, known: Catalogue) -> dict[str, Tensor]:
+    """Return ``sqrt(Σ_tokens x_j² / n_texts)`` of each matrix's inputs, float32 (in,), as Wanda uses it.
+
+    It is zero for an expert that no token reached.
+    """
+    sums: dict[Source, Tensor] = {}
 
     def see(source: Source, x: Tensor) -> None:
         square = x.double().square().sum(0).cpu()
-        sums[source.name] = sums[source.name] + square if source.name in sums else square
+        sums[source] = sums[source] + square if source in sums else square
 
-    accumulate(loaded, text, map(Source, names), see)
-    return {name: (total / len(text.ids)).sqrt().float() for name, total in sums.items()}
+    memory = InMemory(loaded, known)
+    sources = sources_of(memory)
+    accumulate(loaded, text, sources.values(), see)
+    none = {name: torch.zeros(memory.shape(name)[1]) for name, s in sources.items() if s not in sums}
+    return {n: none[n] if n in none else (sums[s] / len(text.ids)).sqrt().float() for n, s in sources.items()}
 
 
-def input_samples(
-    loaded: LoadedModel, text: Calibration, names: Iterable[str], limit: int
-) -> dict[str, Tensor]:
+def input_samples(loaded: LoadedModel, text: Calibration, known: Catalogue, limit: int) -> dict[str, Tensor]:
     """Return the first ``limit`` input rows of each matrix at the counted tokens, (tokens, in)."""
-    samples: dict[str, list[Tensor]] = {}
-    held: dict[str, int] = {}
+    samples: dict[Source, list[Tensor]] = {}
+    held: dict[Source, int] = {}
 
     def see(source: Source, x: Tensor) -> None:
-        room = limit - held.get(source.name, 0)
+        room = limit - held.get(source, 0)
         if room > 0:
-            samples.setdefault(source.name, []).append(x[:room].cpu())
-            held[source.name] = held.get(source.name, 0) + min(room, len(x))
+            samples.setdefault(source, []).append(x[:room].cpu())
+            held[source] = held.get(source, 0) + min(room, len(x))
 
-    accumulate(loaded, text, map(Source, names), see)
-    return {name: torch.cat(rows) for name, rows in samples.items()}
+    memory = InMemory(loaded, known)
+    sources = sources_of(memory)
+    accumulate(loaded, text, sources.values(), see)
+    none = {name: torch.zeros(0, memory.shape(name)[1]) for name, s in sources.items() if s not in samples}
+    joined = {source: torch.cat(rows) for source, rows in samples.items()}
+    return {name: none[name] if name in none else joined[source] for name, source in sources.items()}
+
+
+def sources_of(memory: InMemory) -> dict[str, Source]:
+    """Return where the inputs of each matrix are, by its name in the checkpoint."""
+    return {name: Source(*memory.inputs(name)) for name in memory.known.matrices}

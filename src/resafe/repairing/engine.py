@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from threading import Lock
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from resafe.errors import UserError
+from resafe.model.stored import StoredMatrix
 from resafe.registry import Method
-from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit, blend
+from resafe.repairing.base import Job, Plan, Repair, Target, Unit, blend
 from resafe.repairing.space import AnySpace, DenseSpace, FactorSpace, Later, OwnSpace, RowSpace, choose_space
 from resafe.weights.adapter import Adapter
-from resafe.weights.shard import EDITABLE, read
+from resafe.weights.shard import empty_like, read
 from resafe.weights.writer import all_finite, check_finite
 
 Progress = Callable[[str, int, int], None]
@@ -87,8 +88,11 @@ class Edit:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """Names of the units that the plan edits, in file order."""
-        return tuple(name for name in self.units if name in self.plan.units)
+        """Names of the tensors that the plan edits: of the matrices, or of the tensors that hold them."""
+        if not isinstance(self.space, DenseSpace):
+            return tuple(name for name in self.units if name in self.plan.units)
+        inside = self.space.catalogue.of_tensor
+        return tuple(n for n in self.space.tuned.names if not self.plan.units.isdisjoint(inside(n)))
 
     def tensors(
         self,
@@ -97,23 +101,64 @@ class Edit:
         counter: ShareCounter | None = None,
         stored: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return the edited tensors of one chosen unit, in their stored type.
+        """Return the edited tensors of one of `chosen`, in their stored type.
 
         Args:
-            name: the unit.
+            name: the tensor in the space ``dense``, else the unit.
             strength: the strength.
             counter: counts what changes.
             stored: the tuned tensor in the space ``dense``, where it has been read already.
         """
-        if stored is None:
-            unit, targets = self._targets(name)
-        else:
-            unit = replace(self.space.unit(name), tuned={name: stored}, weight=stored.float)
-            targets = self.repair.edit(unit, self.plan, self.statistics)
+        if isinstance(self.space, DenseSpace):
+            return {name: self._dense(self.space, name, strength, counter, stored)}
+        unit, targets = self._targets(name)
         new = {key: blend(unit.tuned[key], target, strength) for key, target in targets.items()}
         if counter is not None:
             counter.add(self.space, unit, new)
         return new
+
+    def _dense(
+        self,
+        space: DenseSpace,
+        name: str,
+        strength: float,
+        counter: ShareCounter | None,
+        stored: Tensor | None,
+    ) -> Tensor:
+        """Return one stored tensor with every chosen matrix in it edited."""
+        known = space.catalogue
+        inside = known.of_tensor(name)
+        plain = inside == (name,) and (name not in known.matrices or known.matrices[name].whole)
+        if stored is None and (not plain or not self._small):
+            stored = space.tuned.tensor(name)
+        new = self._matrix(name, strength, stored) if plain else self._slices(space, inside, strength, stored)
+        if counter is not None and name in known.aliases:
+            counter.changed[name] = 0  # counted with its original
+        elif counter is not None:
+            before = stored if stored is not None else self._targets(name)[0].tuned[name]
+            counter.count(name, differing(new, before))
+        return new
+
+    def _slices(
+        self, space: DenseSpace, inside: Sequence[str], strength: float, stored: Tensor | None
+    ) -> Tensor:
+        assert stored is not None
+        new = empty_like(stored).copy_(stored)
+        for unit in inside:
+            if unit in self.plan.units:
+                matrix = space.catalogue.matrices.get(unit, StoredMatrix(unit, unit))
+                matrix.cut(new).copy_(self._matrix(unit, strength, matrix.cut(stored)))
+        return new
+
+    def _matrix(self, name: str, strength: float, stored: Tensor | None) -> Tensor:
+        """Return one chosen matrix of the space ``dense`` after the edit."""
+        if stored is None or self._small:
+            unit, targets = self._targets(name)
+        else:
+            unit = replace(self.space.unit(name), tuned={name: stored}, weight=stored.float)
+            targets = self.repair.edit(unit, self.plan, self.statistics)
+        (target,) = targets.values()
+        return blend(unit.tuned[name] if stored is None else stored, target, strength)
 
     def weight(self, name: str, strength: float) -> Tensor:
         """Return the dense matrix of one chosen unit after the edit, for a model in memory."""
@@ -124,9 +169,15 @@ class Edit:
         counts: dict[str, object] = {
             "matrices": len(self.units),
             "matrices_of": len(self.units),
-            "edited_matrices": len(self.chosen),
+            "edited_matrices": len(self.plan.units),
             "space": self.space.kind.value,
         }
+        experts = self.space.catalogue.experts if isinstance(self.space, DenseSpace) else ()
+        if experts:
+            counts |= {
+                "expert_matrices": sum(name in self.plan.units for name in experts),
+                "expert_matrices_of": len(experts),
+            }
         if self.plan.neurons is not None:
             counts |= {"neurons": len(self.plan.neurons), "neurons_of": self.plan.neurons.total}
         return counts
@@ -159,14 +210,21 @@ class ShareCounter:
                 count += changed * int(space.tuned.info(unit.name).shape[1])
             else:
                 count += differing(tensor, old)
+        self.count(unit.name, count)
+
+    def count(self, name: str, changed: int) -> None:
+        """Note how many entries of one tensor changed."""
         with self._lock:
-            self.changed[unit.name] = count
+            self.changed[name] = changed
 
     def share(self, edit: Edit) -> EditedShare:
         """Return the shares, given the edit that was applied."""
         space = edit.space
         if isinstance(space, FactorSpace):
             targeted = sum(info.numel for info in space.tuned.shard.tensors.values())
+        elif isinstance(space, DenseSpace):
+            tensors = dict.fromkeys(space.catalogue.tensor_of(name) for name in edit.units)
+            targeted = sum(space.tuned.info(name).numel for name in tensors)
         else:
             targeted = sum(space.tuned.info(name).numel for name in edit.units)
         return EditedShare(self.changed.total(), max(1, targeted), max(1, model_entries(space)))
@@ -253,7 +311,7 @@ def _decided(
         if isinstance(repair, OwnSpace)
         else choose_space(repair.kinds(job), job)
     )
-    everything = [n for n in space.tuned.names if is_editable(space, n)] if space.kind is Kind.DENSE else ()
+    everything = space.everything() if isinstance(space, DenseSpace) else ()
     units = tuple(repair.names(space.matrices(), everything))
     if not units:
         raise UserError(f"{method.name} found no matrix that it could edit in {job.tuned.folder}")
@@ -287,11 +345,6 @@ def _find_not_finite(job: Job) -> None:
     for shard in [*shards, *(shard for model in dense for shard in model.shards)]:
         for info in shard.tensors.values():
             check_finite(read(info), info)
-
-
-def is_editable(space: AnySpace, name: str) -> bool:
-    """Whether a tensor holds plain floating-point weights."""
-    return space.tuned.info(name).dtype in EDITABLE
 
 
 def check_needs(method: Method, job: Job) -> None:

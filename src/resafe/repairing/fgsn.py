@@ -29,11 +29,12 @@ from resafe.locating.fgsn import LastStates, layer_gap, parse_band, row_scores, 
 from resafe.locating.observe import Bench, State, Text, batches
 from resafe.model.chat import encode
 from resafe.model.load import load
+from resafe.model.stored import catalogue
 from resafe.neurons import NeuronSet, Site, layer_of
 from resafe.registry import Badge, Need, method
 from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
 from resafe.repairing.calibrate import input_norms, prompts_only, with_responses
-from resafe.repairing.space import block_matrices, depth
+from resafe.repairing.space import depth
 from resafe.weights.checkpoint import fingerprint
 from resafe.weights.lowrank import left_singular
 
@@ -156,12 +157,12 @@ class FGSN(Repair):
         key = ("fgsn", model.folder, respond)
         if key not in job.passes:
             loaded = load(model.folder, merge=True)
-            names = block_matrices(job.tuned)  # all of them: a merged result is edited in whole matrices
+            known = catalogue(job.tuned)  # all of it: a merged result is edited in whole matrices
             texts = [
                 with_responses(loaded, prompts, job.judge) if respond else prompts_only(loaded, prompts)
                 for prompts in (job.harmful, job.benign)
             ]
-            job.passes[key] = tuple(input_norms(loaded, text, names) for text in texts)
+            job.passes[key] = tuple(input_norms(loaded, text, known) for text in texts)
         return cast(tuple[Mapping[str, Tensor], Mapping[str, Tensor]], job.passes[key])
 
     def measure(self, unit: Unit, statistics: object) -> Tensor:

@@ -32,6 +32,7 @@ from resafe.errors import UserError
 from resafe.locating.lowrank import get_weight, set_weight
 from resafe.locating.nlsr import LowRank
 from resafe.model.load import LoadedModel, load
+from resafe.model.stored import InMemory, catalogue
 from resafe.neurons import NeuronSet, Site, layer_of
 from resafe.registry import Badge, Need, method
 from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
@@ -42,7 +43,6 @@ from resafe.repairing.space import (
     DenseSpace,
     FactorSpace,
     alignment,
-    block_matrices,
     same_modules,
 )
 from resafe.weights.adapter import Adapter, Factors
@@ -281,7 +281,12 @@ class NLSR(LowRank, Repair):
         tuned = unit.delta() + aligned_delta
         s = regions.inputs[unit.name] @ reference.T  # (tokens, out)
         v = torch.linalg.svd(s, full_matrices=False).Vh[: self.kept_rank(*reference.shape)].T  # (out, k)
-        return reference, tuned, self.largest(v @ (v.T @ reference))
+        projected = v @ (v.T @ reference)
+        return (
+            reference,
+            tuned,
+            self.largest(projected) & (projected != 0),
+        )  # none of an expert without a token
 
     def _dense_inputs(self, job: Job) -> dict[str, Tensor]:
         """Sample the inputs of every matrix in the amplified reference, over response tokens."""
@@ -291,12 +296,13 @@ class NLSR(LowRank, Repair):
             )
         base, aligned = _dense_base(job), job.reference()
         loaded = load(aligned.folder, merge=True)
-        names = block_matrices(aligned)
+        known = catalogue(aligned)
+        memory = InMemory(loaded, known)
         factor = (2 * self.beta) ** 2 if self.amplify == "per-factor" else 1 + self.beta
-        for name in names:
-            set_weight(loaded, name, get_weight(loaded, name) + (factor - 1) * alignment(aligned, base, name))
+        for name, matrix in known.matrices.items():
+            memory.write(name, memory.read(name) + (factor - 1) * alignment(aligned, base, matrix))
         text = with_responses(loaded, job.harmful, job.judge)
-        return input_samples(loaded, text, names, DENSE_TOKENS)
+        return input_samples(loaded, text, known, DENSE_TOKENS)
 
 
 def common_basis(job: Job) -> dict[str, Tensor] | None:
@@ -363,6 +369,6 @@ def _flat_cosine(one: Tensor, other: Tensor) -> float:
 
 
 def _module_order(name: str) -> tuple[int, int]:
-    """Return a module's place in the order of computation: q, k, v, o, gate, up, down of each layer."""
+    """Return a module's place in the order of computation: q, k, v, o, gate, up, down of each layer, others last."""
     part = name.split(f"layers.{layer_of(name)}.")[-1].removesuffix(".weight")
-    return layer_of(name), _ORDER.index(part)
+    return layer_of(name), _ORDER.index(part) if part in _ORDER else len(_ORDER)

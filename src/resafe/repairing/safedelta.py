@@ -31,12 +31,12 @@ import torch
 from torch import Tensor
 
 from resafe.errors import UserError
-from resafe.locating.lowrank import Calibration, Source, grams, maps
-from resafe.model.layout import read_layout
+from resafe.locating.lowrank import Calibration, Source, grams
 from resafe.model.load import LoadedModel, load
+from resafe.model.stored import Catalogue, InMemory, catalogue
 from resafe.registry import Badge, Need, method
 from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
-from resafe.repairing.calibrate import with_responses
+from resafe.repairing.calibrate import sources_of, with_responses
 from resafe.repairing.kept import Kept
 
 WIDTH = 4096  # of the matrices that the published budget was made for
@@ -111,21 +111,24 @@ class SafeDelta(Repair):
         if key not in job.passes:
             loaded = load(job.reference().folder, merge=True)
             text = with_responses(loaded, job.harmful, job.judge)
-            job.passes[key] = self.curvature(loaded, text)
+            job.passes[key] = self.curvature(loaded, text, catalogue(job.reference()))
         found = job.passes[key]
         assert isinstance(found, Curvature)
         return found
 
-    def curvature(self, loaded: LoadedModel, text: Calibration) -> Curvature:
+    def curvature(self, loaded: LoadedModel, text: Calibration, known: Catalogue) -> Curvature:
         """Factor H⁻¹ of every matrix's inputs, as many at a time as fit ``GRAM_BYTES``, in a pass each."""
         whole = Calibration(text.ids, [0] * len(text.ids))
-        every = maps(read_layout(loaded.model), "entry")
-        widths = {one.source: one.view(one.matrix.tensor).shape[1] for one in every}
+        memory = InMemory(loaded, known)
+        sources = sources_of(memory)
+        widths = {source: memory.shape(name)[1] for name, source in sources.items()}
         kept = Kept()
         for group in _within(widths, GRAM_BYTES):
-            for source, gram in grams(loaded, whole, dict.fromkeys(group)).items():
-                kept.put(source.name, upper_factor(hessian(gram, len(text.ids)), self.damp).float())
-        return Curvature({one.name: one.source for one in every}, kept)
+            found = grams(loaded, whole, dict.fromkeys(group))
+            for source in group:  # no token may have reached an expert
+                gram = found.get(source, torch.zeros(widths[source], widths[source]))
+                kept.put(str(source), upper_factor(hessian(gram, len(text.ids)), self.damp).float())
+        return Curvature(sources, kept)
 
     def decide(self, measured: Mapping[str, object], statistics: object) -> Plan:
         """Edit everything that was asked for."""
@@ -137,7 +140,7 @@ class SafeDelta(Repair):
         aligned = unit.aligned[unit.key]
         if unit.name not in statistics.sources:
             return {unit.key: Target(aligned, torch.ones(1, dtype=torch.bool))}
-        factor = statistics.factors.get(statistics.sources[unit.name].name)
+        factor = statistics.factors.get(str(statistics.sources[unit.name]))
         value, accepted = self.merged(aligned.float(), unit.tuned[unit.key].float(), factor)
         return {unit.key: Target(value, ~accepted)}
 

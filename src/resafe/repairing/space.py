@@ -15,7 +15,6 @@ itself T is the adapter. For an adapter continued from the reference's adapter o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,39 +25,23 @@ from torch import Tensor
 
 from resafe.errors import UserError
 from resafe.model.layout import ATTENTION, FEED_FORWARD
+from resafe.model.stored import EMBEDDINGS, Catalogue, StoredMatrix, catalogue
 from resafe.neurons import layer_of
 from resafe.repairing.base import Job, Kind, Model, Unit
 from resafe.weights.adapter import Adapter, Factors
 from resafe.weights.checkpoint import Checkpoint, View
+from resafe.weights.shard import EDITABLE, read_rows
 
-_BLOCK = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<part>[\w.]+)\.weight")
 PARTS = FEED_FORWARD + ATTENTION
 
 
 def block_matrices(view: View) -> tuple[str, ...]:
-    """Return the names of all attention and feed-forward matrices, having counted them.
+    """Return the names of all attention and feed-forward matrices; see :mod:`resafe.model.stored`.
 
     Raises:
-        UserError: a layer lacks one of the seven matrices: its layout is not known.
+        UserError: the weights are packed, or the layout is not known.
     """
-    found: dict[int, set[str]] = {}
-    names = []
-    for name in view.names:
-        match = _BLOCK.fullmatch(name)
-        if match and match["part"] in PARTS:
-            found.setdefault(int(match["layer"]), set()).add(match["part"])
-            names.append(name)
-    nested = view.config.get("text_config")
-    config = nested if isinstance(nested, dict) else view.config
-    layers = config.get("num_hidden_layers", len(found))
-    lacking = [i for i in range(int(str(layers))) if found.get(i) != set(PARTS)]
-    if lacking or not found:
-        kind = view.config.get("model_type", "unknown")
-        raise UserError(
-            f"{view.folder} (model_type {kind}): layer {lacking[0] if lacking else 0} does not hold the seven "
-            "matrices of a Llama-like block; this architecture is not supported yet"
-        )
-    return tuple(names)
+    return tuple(catalogue(view).matrices)
 
 
 def depth(view: View) -> int:
@@ -96,27 +79,67 @@ class DenseSpace:
     base: Checkpoint | None
     kind: Kind = Kind.DENSE
 
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """The tuned model's matrices."""
+        return catalogue(self.tuned)
+
     def matrices(self) -> tuple[str, ...]:
         """Names of the block matrices."""
-        return block_matrices(self.tuned)
+        return tuple(self.catalogue.matrices)
+
+    def everything(self) -> tuple[str, ...]:
+        """Names of the block matrices and of every other tensor that holds plain weights, in file order."""
+        own = (n for n in self.tuned.names if n not in self.catalogue.aliases)
+        editable = (n for n in own if self.tuned.info(n).dtype in EDITABLE)
+        return tuple(name for tensor in editable for name in self.catalogue.of_tensor(tensor))
 
     def unit(self, name: str) -> Unit:
-        """Return one tensor of every role, to be read on first use."""
-        tuned = Later(name, lambda: self.tuned.tensor(name))
-        aligned = self.aligned
-        reference = tuned if aligned is None else Later(name, lambda: aligned.tensor(name))
+        """Return one matrix, or other tensor, of every role, to be read on first use."""
+        matrix = self.catalogue.matrices.get(name, StoredMatrix(name, name))
+        rows = self.tuned.info(name).shape[0] if name.endswith(EMBEDDINGS) else None
+        tuned = Later(name, lambda: matrix_of(self.tuned, matrix))
+        aligned, base = self.aligned, self.base
+
+        def fitted(model: Model) -> Tensor:
+            return fit_rows(matrix_of(model, matrix), rows, tuned) if rows else matrix_of(model, matrix)
+
+        reference = tuned if aligned is None else Later(name, lambda: fitted(aligned))
         return Unit(
             name,
             self.kind,
             tuned,
             reference,
             lambda: tuned[name].float(),
-            lambda: alignment(self.aligned, self.base, name),
+            lambda: alignment(aligned, base, matrix, rows),
         )
 
     def effective(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the dense matrix that edited tensors stand for."""
+        """Return the stored tensor that edited tensors stand for."""
         return tensors[name]
+
+
+def matrix_of(model: Model, matrix: StoredMatrix) -> Tensor:
+    """Read one matrix (out, in); of a tensor that holds many, only its rows are read."""
+    if matrix.rows is None:
+        return matrix.cut(model.tensor(matrix.tensor))
+    changed = isinstance(model, Adapter) and matrix.tensor in {*model.modules, *model.replaced}
+    if changed:
+        return matrix.cut(model.tensor(matrix.tensor))
+    return matrix.cut(read_rows(model.info(matrix.tensor), matrix.rows.start, matrix.rows.stop))
+
+
+def fit_rows(tensor: Tensor, rows: int, tuned: Mapping[str, Tensor] | None) -> Tensor:
+    """Bring a tensor to the tuned model's number of rows; rows that only that has are the tuned ones.
+
+    Without ``tuned`` they are zero. Only embeddings of a resized vocabulary differ: the first rows are common.
+    """
+    if len(tensor) >= rows:
+        return tensor[:rows]
+    if tuned is None:
+        return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+    (own,) = tuned.values()
+    return torch.cat([tensor, own[len(tensor) :].to(tensor.dtype)])
 
 
 @dataclass(frozen=True)
@@ -243,19 +266,26 @@ def _onto(adapter: Adapter, name: str, factors: Factors) -> Tensor:
     return adapter.base.tensor(name).float() + (delta.T if adapter.settings.get("fan_in_fan_out") else delta)
 
 
-def alignment(aligned: Model | None, base: Checkpoint | None, name: str) -> Tensor:
-    """Return D = aligned - base of one matrix, in float32.
+def alignment(
+    aligned: Model | None, base: Checkpoint | None, matrix: StoredMatrix | str, rows: int | None = None
+) -> Tensor:
+    """Return D = aligned - base of one matrix, in float32; zero in ``rows`` that the two do not share.
 
     Raises:
         UserError: there is no base.
     """
+    matrix = StoredMatrix(matrix, matrix) if isinstance(matrix, str) else matrix
     if isinstance(aligned, Adapter) and (base is None or aligned.base.folder == base.folder):
-        if name in aligned.modules:
-            return aligned.factors(name).delta()
-        return torch.zeros(aligned.info(name).shape)
+        if matrix.name in aligned.modules:
+            return aligned.factors(matrix.name).delta()
+        return torch.zeros(matrix_of(aligned, matrix).shape)
     if aligned is None or base is None:
         raise UserError("this method needs the base model (before alignment); give it with --base")
-    return aligned.tensor(name).float() - base.tensor(name).float()
+    mine, theirs = matrix_of(aligned, matrix).float(), matrix_of(base, matrix).float()
+    if rows is None or len(mine) == len(theirs) == rows:
+        return mine - theirs
+    common = min(rows, len(mine), len(theirs))
+    return fit_rows(mine[:common] - theirs[:common], rows, None)
 
 
 def choose_space(kinds: Sequence[Kind], job: Job) -> AnySpace:
