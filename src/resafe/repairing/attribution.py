@@ -42,8 +42,8 @@ from resafe.model.layout import FEED_FORWARD
 from resafe.model.load import LoadedModel, load
 from resafe.neurons import NeuronSet, Site
 from resafe.registry import Badge, Need, method
-from resafe.repairing.base import Job, Kind, Model, Plan, Repair, Target, Unit
-from resafe.repairing.space import choose_space
+from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
+from resafe.repairing.space import DenseSpace, choose_space
 from resafe.weights.checkpoint import fingerprint
 
 Neuron = Literal["entry", "row", "neuron", "module"]
@@ -131,11 +131,7 @@ class Attribution(Repair):
         model = fingerprint(job.tuned.files)
         if job.neurons is not None:
             return Chosen(self._given(job.neurons, model), (), 0.0, model)
-        groups = self._texts(job)
-        loaded = load(job.tuned.folder, merge=True)
-        groups["keep"] = self._kept(job, loaded)
-        names = self.names(choose_space(self.kinds(job), job).matrices(), ())
-        bench = _Bench(loaded, job.tuned, job.reference(), names, groups)
+        bench = self.bench(job, self.names(choose_space(self.kinds(job), job).matrices(), ()))
         scores = self.scores(bench)
         if self.share != "auto":
             return Chosen(largest(scores, self.share), (), self.share, model)
@@ -143,15 +139,22 @@ class Attribution(Repair):
         share = best_share(curve)
         return Chosen(largest(scores, share), curve, share, model)
 
-    def _texts(self, job: Job) -> dict[str, list[Text]]:
-        """Return the refusals, by the aligned model where prompts carry none."""
+    def bench(self, job: Job, names: Sequence[str]) -> Bench:
+        """Load the tuned model, with the answers that it is to be measured by."""
+        refusals = self._refusals(job)
+        loaded = load(job.tuned.folder, merge=True)
+        groups = {"safe": refusals, "keep": self._kept(job, loaded)}
+        return Bench(loaded, DenseSpace(job.tuned, job.reference(), job.base), names, groups)
+
+    def _refusals(self, job: Job) -> list[Text]:
+        """Return the harmful prompts' refusals, by the aligned model where they carry none."""
         key = ("attribution", job.reference().folder)
         if key not in job.passes:
             aligned = load(job.reference().folder, merge=True)
             job.passes[key] = _answered(aligned, job.harmful, "harmful", job)
         found = job.passes[key]
         assert isinstance(found, list)
-        return {"safe": found}
+        return found
 
     def _kept(self, job: Job, tuned: LoadedModel) -> list[Text]:
         """Return answers to keep: to harmless prompts, and to the task's."""
@@ -163,7 +166,7 @@ class Attribution(Repair):
 
     # Scores ------------------------------------------------------------------------------------------
 
-    def scores(self, bench: _Bench) -> dict[str, Tensor]:
+    def scores(self, bench: Bench) -> dict[str, Tensor]:
         """Return S of every unit, by the tensor that holds its mask."""
         sums = {group: bench.zeros() for group in bench.groups}
         points = [(k + 0.5) / self.steps * self.reach for k in range(self.steps)] or [0.0]
@@ -203,7 +206,7 @@ class Attribution(Repair):
 
     # How many ----------------------------------------------------------------------------------------
 
-    def _curve(self, bench: _Bench, scores: Mapping[str, Tensor]) -> tuple[Rung, ...]:
+    def _curve(self, bench: Bench, scores: Mapping[str, Tensor]) -> tuple[Rung, ...]:
         """Return both losses with nothing and with growing shares reset; the model is left as it was."""
         rungs = [Rung(0.0, bench.loss("safe"), bench.loss("keep"))]
         for share in SHARES:
@@ -281,12 +284,11 @@ def largest(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Bench:
+class Bench:
     """The tuned model in memory, to be moved towards the aligned one and back."""
 
     loaded: LoadedModel
-    tuned: Model
-    aligned: Model
+    space: DenseSpace
     names: Sequence[str]
     groups: Mapping[str, Sequence[Text]]
 
@@ -297,8 +299,8 @@ class _Bench:
         return {name: held[name] for name in self.names}
 
     def delta(self, name: str) -> Tensor:
-        """Return T of one matrix."""
-        return self.tuned.tensor(name).float() - self.aligned.tensor(name).float()
+        """Return T of one matrix, (out, in)."""
+        return self.space.unit(name).delta()
 
     def zeros(self) -> dict[str, Tensor]:
         """Return a sum for each matrix."""
@@ -308,7 +310,8 @@ class _Bench:
     def place(self, towards: float | Callable[[str], Tensor]) -> None:
         """Set every matrix to ``tuned + towards · (aligned - tuned)``, a number or a mask of each matrix."""
         for name, weight in self.weights.items():
-            start, end = self.tuned.tensor(name).float(), self.aligned.tensor(name).float()
+            unit = self.space.unit(name)
+            start, end = unit.tuned[name].float(), unit.aligned[name].float()
             share = torch.tensor(towards) if isinstance(towards, float) else towards(name).float()
             weight.copy_(torch.lerp(start, end, share.expand_as(start)))
 
@@ -326,7 +329,9 @@ class _Bench:
         """Return the loss of a group of texts, in nats a token."""
         loss = sum(float(part) for part in self.losses(group))
         if loss != loss:
-            raise UserError(f"{self.tuned.folder} answers with NaN; use a checkpoint from before it diverged")
+            raise UserError(
+                f"{self.space.tuned.folder} answers with NaN; use a checkpoint from before it diverged"
+            )
         return loss
 
     def add_gradients(self, group: str, sums: Mapping[str, Tensor], weight: float) -> None:
