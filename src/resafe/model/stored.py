@@ -9,7 +9,7 @@ an expert, called ``tensor[expert]``. Routers, convolutions and mixers that are 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from resafe.errors import UserError
 from resafe.model.layout import ATTENTION, FEED_FORWARD, READS, read_layout
 from resafe.model.load import LoadedModel
 from resafe.model.names import Share, places, renamed
-from resafe.model.parts import FeedForward, held, matrices
+from resafe.model.parts import FeedForward, Matrix, held, matrices
 from resafe.weights.checkpoint import Checkpoint, View
 
 _BLOCK = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<part>[\w.]+)\.weight")
@@ -312,15 +312,25 @@ class InMemory:
             raise UserError(f"the model in memory has no tensor {tensor!r}")
         yield parameter, stored
 
-    def read(self, name: str) -> Tensor:
-        """Return one matrix, float32 (out, in) on the CPU."""
+    def read(self, name: str, of: Callable[[Tensor], Tensor] = torch.Tensor.detach) -> Tensor:
+        """Return one matrix, float32 (out, in) on the CPU.
+
+        ``of`` gives for a parameter another tensor laid out like it, such as its gradient, to be read instead.
+        """
         matrix = self.known.matrices[name]
         value = torch.empty(self.shape(name))
         if not matrix.pieces:
-            return value.copy_(matrix.cut(self._whole(matrix)).detach())
+            return value.copy_(matrix.cut(of(self._whole(matrix))))
         for piece in matrix.pieces:
-            piece.of(value).copy_(self._view(piece))
+            piece.of(value).copy_(self._view(piece, of))
         return value
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters that hold the matrices."""
+        every = self.known.matrices.values()
+        whole = [self._whole(matrix) for matrix in every if not matrix.pieces]
+        mine = [held(m.module, m.attribute) for matrix in every for m in map(self._matrix, matrix.pieces)]
+        return list(dict.fromkeys([*whole, *mine]))
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return a matrix's shape, (out, in)."""
@@ -356,11 +366,15 @@ class InMemory:
     def _whole(self, matrix: StoredMatrix) -> Tensor:
         return self._parameters[matrix.parameter or matrix.tensor]
 
-    def _view(self, piece: Piece) -> Tensor:
-        """View one part's, or expert's, map as (out, in)."""
+    def _matrix(self, piece: Piece) -> Matrix:
         part = self._parts[piece.part]
         matrix = {"gate": part.gate, "up": part.up, "down": part.down}[piece.role]
         assert matrix is not None
-        view = matrix.neurons_last(held(matrix.module, matrix.attribute).detach())
+        return matrix
+
+    def _view(self, piece: Piece, of: Callable[[Tensor], Tensor] = torch.Tensor.detach) -> Tensor:
+        """View one part's, or expert's, map as (out, in)."""
+        matrix = self._matrix(piece)
+        view = matrix.neurons_last(of(held(matrix.module, matrix.attribute)))
         view = view if piece.expert is None else view[piece.expert]
         return view if matrix.inputs else view.T

@@ -14,12 +14,12 @@ M_SE is the top a of S for the first less the top b of S for the second, and M_O
 
 Our readings: at one point the two scores are the same, since the two losses differ in sign only, so the first is
 taken at θ_GA and the second at θ_GD; random retention and SNIP's choice are both asked for; few steps of Adam, each
-``rate`` times the matrix's root mean square; the ascent ends where the loss reaches a ceiling.
+``rate`` times the weight's root mean square; the ascent ends where the loss reaches a ceiling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from resafe.errors import UserError
-from resafe.locating.gradients import log_probabilities
-from resafe.locating.observe import Bench, State, Text, batches
-from resafe.locating.pruning import Gradients
-from resafe.model.load import load
-from resafe.model.parts import held
+from resafe.locating.gradients import answered, log_probabilities, pieces
+from resafe.locating.observe import Text, batches
+from resafe.model.load import LoadedModel, load
+from resafe.model.stored import InMemory, catalogue
 from resafe.neurons import shuffled
 from resafe.registry import Badge, Need, method
 from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
@@ -68,7 +67,7 @@ class SafePatching(Repair):
 
     Attributes:
         steps: steps of either training.
-        rate: a step's length, as a share of the root mean square of each matrix.
+        rate: a step's length, as a share of the root mean square of each weight tensor.
         batch: texts a step.
         ceiling: the loss, in nats per token, at which the ascent ends.
         keep: the random share of either patch that is kept (0.3).
@@ -112,46 +111,44 @@ class SafePatching(Repair):
         found = harmful_answers(loaded, job.harmful, job.judge, self.answers)
         pairs = zip(found.ids, found.starts, strict=True)
         texts = [Text(tuple(row), start, "harmful", i) for i, (row, start) in enumerate(pairs)]
-        bench = Bench.of(loaded)
-        weights = {n: held(linear.module, "weight") for n, linear in bench.layout.linears.items()}
-        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        memory = InMemory(loaded, catalogue(job.tuned))
+        before = {name: memory.read(name) for name in memory.known.matrices}
         patches, needed = {}, {}
         ways: dict[Way, float] = {"enhance": self.a, "loosen": self.b}
         for way, share in ways.items():
-            self.train(bench, weights, texts, way)
-            needed[way] = most_needed(bench, weights, texts, share)
+            self.train(loaded, memory.parameters(), texts, way)
+            needed[way] = most_needed(loaded, memory, texts, share)
             patches[way] = Kept()
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    patches[way].put(name, (weight - before[name]).cpu())
-                    weight.copy_(before[name])
+            for name, old in before.items():
+                patches[way].put(name, memory.read(name) - old)
+                memory.write(name, old)
         return self.chosen(patches, needed)
 
-    def train(self, bench: Bench, weights: Mapping[str, Tensor], texts: list[Text], way: Way) -> None:
+    def train(self, loaded: LoadedModel, weights: Sequence[Tensor], texts: list[Text], way: Way) -> None:
         """Move ``weights`` in place, up or down the loss of the texts' responses."""
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.seed)).tolist()
         dealt = [order[i : i + self.batch] for i in range(0, len(order), self.batch)]
+        sizes = [self.rate * float(weight.detach().square().mean().sqrt()) for weight in weights]
         groups = [
-            {"params": [w.requires_grad_(True)], "lr": self.rate * float(w.detach().square().mean().sqrt())}
-            for w in weights.values()
+            {"params": [w.requires_grad_(True)], "lr": size} for w, size in zip(weights, sizes, strict=True)
         ]
         optimizer = torch.optim.Adam(groups)
         for step in range(self.steps):
             rows = [texts[i] for i in dealt[step % len(dealt)]]
-            if self._loss(bench, rows, _SIGN[way]) > self.ceiling and way == "enhance":
+            if self._loss(loaded, rows, _SIGN[way]) > self.ceiling and way == "enhance":
                 break
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for weight in weights.values():
+        for weight in weights:
             weight.requires_grad_(False).grad = None
 
-    def _loss(self, bench: Bench, rows: list[Text], sign: int) -> float:
+    def _loss(self, loaded: LoadedModel, rows: list[Text], sign: int) -> float:
         """Return the mean loss of the responses, and leave ``sign`` times its gradient."""
         total = 0.0
         tokens = sum(len(row.ids) - row.start for row in rows)
         with torch.enable_grad():
-            for batch in batches(bench.loaded, rows, None):
-                said = torch.cat(log_probabilities(bench.loaded, batch))
+            for batch in batches(loaded, rows, None):
+                said = torch.cat(log_probabilities(loaded, batch))
                 (-sign * said.sum() / tokens).backward()  # type: ignore[no-untyped-call]
                 total -= float(said.detach().sum())
         return total / tokens
@@ -192,16 +189,24 @@ class SafePatching(Repair):
         return {unit.key: Target(value, statistics.masks.get(unit.name))}
 
 
-def most_needed(
-    bench: Bench, weights: Mapping[str, Tensor], texts: list[Text], share: float
-) -> dict[str, Tensor]:
+def most_needed(loaded: LoadedModel, memory: InMemory, texts: list[Text], share: float) -> dict[str, Tensor]:
     """Return the top share of each matrix by ``Σ_texts |W ⊙ dL/dW|``, bool (out, in)."""
-    state: State = {}
-    for batch in batches(bench.loaded, texts, None):
-        Gradients("entry").run(state, bench, batch)
+    weights = [weight.requires_grad_(True) for weight in memory.parameters()]
+    sums = {weight: torch.zeros_like(weight) for weight in weights}
+    for batch in batches(loaded, texts, None):
+        for text in pieces(batch, answered(batch), 1):
+            with torch.enable_grad():
+                (said,) = log_probabilities(loaded, text)
+                (-said.mean()).backward()  # type: ignore[no-untyped-call]
+            for weight in weights:
+                if weight.grad is not None:  # no token may have reached an expert of its own tensor
+                    sums[weight] += weight.grad.abs()
+                    weight.grad = None
+    for weight in weights:
+        weight.requires_grad_(False)
     masks = {}
-    for name, weight in weights.items():
-        scores = (state["harmful", name]["sum"] * weight.detach().abs().cpu()).reshape(-1)
-        top = scores.topk(int(share * len(scores))).indices
-        masks[name] = torch.zeros(len(scores), dtype=torch.bool).scatter_(0, top, True).view(weight.shape)
+    for name in memory.known.matrices:
+        scores = memory.read(name, lambda weight: sums[weight]).mul_(memory.read(name).abs())
+        top = scores.flatten().topk(int(share * scores.numel())).indices
+        masks[name] = torch.zeros(scores.numel(), dtype=torch.bool).scatter_(0, top, True).view_as(scores)
     return masks
