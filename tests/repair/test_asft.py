@@ -14,11 +14,12 @@ from .world import edited, effective, job, written
 PAIRS = [("tuned", "aligned"), ("fresh", "aligned"), ("continued", "aligned-adapter")]
 
 
+@pytest.mark.parametrize("reach", [1.0, 2.5])
 @pytest.mark.parametrize("part", ["keep", "remove"])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_the_equation(root: Path, tmp_path: Path, pair: tuple[str, str], part: str) -> None:
+def test_the_equation(root: Path, tmp_path: Path, pair: tuple[str, str], part: str, reach: float) -> None:
     """D has rank 3 between the dense models and 4 between adapters: its pseudo-inverse is exact here."""
-    edit = edited(job(root, *pair), "asft-projector", part=part)
+    edit = edited(job(root, *pair), "asft-projector", part=part, reach=reach)
     assert isinstance(edit.space, DenseSpace if pair[0] == "tuned" else RowSpace)
     assert isinstance(edit.repair, AsFTProjector)
     written(edit, tmp_path / "out")
@@ -28,7 +29,7 @@ def test_the_equation(root: Path, tmp_path: Path, pair: tuple[str, str], part: s
     for name in edit.units:
         d, t = (aligned[name] - base[name]).double(), (tuned[name] - aligned[name]).double()
         along = d @ torch.linalg.pinv(d.T @ d, rtol=1e-6) @ d.T @ t
-        expected = aligned[name] + (along if part == "keep" else t - along)
+        expected = tuned[name] - reach * (t - along if part == "keep" else along)
         torch.testing.assert_close(after[name].double(), expected, rtol=0, atol=5e-5)
         assert not torch.allclose(after[name], tuned[name], atol=1e-3)
     for name in set(after) - set(edit.units):

@@ -5,13 +5,15 @@ https://arxiv.org/abs/2506.08473, holds an update to the column space of D = ali
 penalising what the exact projector leaves over. Here that projector is applied to T = tuned - aligned afterwards, which
 the paper does not do::
 
-    P = D (Dᵀ D)⁺ Dᵀ = U Uᵀ,    T <- P T   (keep)   or   T <- T - P T   (remove)
+    P = D (Dᵀ D)⁺ Dᵀ = U Uᵀ,    T <- T - g (T - P T)   (keep)   or   T <- T - g P T   (remove)
 
 U are the left singular vectors of D. A D of full rank spans everything, and P is the identity: there only its leading
-directions say anything, so their number is cut off.
+directions say anything, so their number is cut off. At ``g = 1`` one of the two parts is left; beyond, the other is
+turned round.
 
 ``keep`` is AsFT's thought: what leaves the directions of alignment harms. ``remove`` is the opposite one: harm is what
-undoes alignment along its own directions. Which of them holds for a model has to be measured.
+undoes alignment along its own directions, and a tuned model gets its safety back by stepping past zero there. On the
+built-in organism the second holds and the first does not; elsewhere it has to be measured.
 """
 
 from __future__ import annotations
@@ -36,7 +38,12 @@ from resafe.weights.lowrank import left_singular
     badge=Badge.VARIANT,
     paper="https://arxiv.org/abs/2506.08473",
     needs=frozenset({Need.ALIGNED, Need.BASE}),
-    variants=({}, {"part": "remove"}),
+    strengths=(0.5, 1.0),
+    variants=(
+        {"part": "remove", "rank": 4, "reach": 3.0},
+        {"part": "remove", "rank": 8, "reach": 3.0},
+        {"part": "remove", "rank": 1, "reach": 1.6},
+    ),
 )
 @dataclass(frozen=True)
 class AsFTProjector(Repair):
@@ -44,11 +51,13 @@ class AsFTProjector(Repair):
 
     Attributes:
         part: ``keep`` or ``remove`` what lies along alignment.
+        reach: g, how far the other part is taken away: 1 to zero, more past it.
         rank: the most directions of D that count (0: all).
         cutoff: directions whose singular value is below this share of the largest are none, as in a pseudo-inverse.
     """
 
     part: Literal["keep", "remove"] = "keep"
+    reach: float = 1.0
     rank: int = 8
     cutoff: float = 1e-5
 
@@ -68,8 +77,9 @@ class AsFTProjector(Repair):
         t = unit.delta()
         u = self.directions(unit.alignment())
         along = u @ (u.T @ t)
-        value = along if self.part == "keep" else t - along
-        return {unit.key: Target(unit.aligned[unit.key].float() + value, None)}
+        unwanted = t - along if self.part == "keep" else along
+        value = unit.aligned[unit.key].float() + (t - self.reach * unwanted)
+        return {unit.key: Target(value, None)}
 
     def directions(self, d: Tensor) -> Tensor:
         """Return an orthonormal basis (out, k) of what D's columns span; k is 0 where D is zero."""
