@@ -24,6 +24,7 @@ from resafe.weights.adapter import open_model
 from resafe.weights.checkpoint import Checkpoint
 from tests.conftest import contents
 
+from .test_mixtures import saved
 from .world import HARMFUL, close, edited, effective, job, written
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -36,8 +37,30 @@ def bench(work: Job, method: Attribution) -> Bench:
 
 @pytest.mark.parametrize("name", [UP, DOWN])
 def test_a_score_is_what_resetting_a_little_takes_off_the_loss(root: Path, name: str) -> None:
-    """A - λ max(0, C) of a whole matrix, against differences of the two losses."""
-    work = job(root, "tuned", "aligned")
+    against_differences(job(root, "tuned", "aligned"), name)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "gpt2"])
+def test_so_it_is_for_experts_and_turned_and_fused_matrices(tmp_path: Path, kind: str) -> None:
+    for seed, role in enumerate(("base", "aligned", "tuned")):
+        saved(tmp_path / role, kind, seed)
+    work = job(tmp_path, "tuned", "aligned")
+    here = bench(work, Attribution())
+    scores = Attribution(unit="module", steps=0, penalty=0.0).scores(here)
+    assert set(scores) == set(here.names)
+    steepest = max(
+        scores, key=lambda n: abs(float(scores[n])) * here.delta(n).numel() * ("mlp" in n or "experts" in n)
+    )
+    against_differences(work, steepest)
+    edit = edited(work, "attribution", share=0.05)
+    written(edit, tmp_path / "out")
+    before, after = (Checkpoint.open(tmp_path / role) for role in ("tuned", "out"))
+    moved = sum(int((before.tensor(n) != after.tensor(n)).sum()) for n in before.names)
+    assert moved == sum(int(mask.sum()) for mask in edit.statistics.masks.values())
+
+
+def against_differences(work: Job, name: str) -> None:
+    """Compare A - λ max(0, C) of a whole matrix with differences of the two losses."""
     here = bench(work, Attribution())
     step, found = 0.005, {}
     zero = {n: torch.zeros(1) for n in here.names}

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,8 +38,10 @@ from resafe.evaluate.prompts import Prompt, read_prompts
 from resafe.locating.gradients import answered, log_probabilities, pieces
 from resafe.locating.observe import Text, batches
 from resafe.locating.texts import NEW_TOKENS, build_texts
-from resafe.model.layout import FEED_FORWARD
+from resafe.model.layout import FEED_FORWARD, read_layout
 from resafe.model.load import LoadedModel, load
+from resafe.model.parts import FeedForward, Matrix, held
+from resafe.model.stored import InMemory, Piece
 from resafe.neurons import NeuronSet, Site
 from resafe.registry import Badge, Need, method
 from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
@@ -124,7 +126,12 @@ class Attribution(Repair):
 
     def names(self, matrices: Sequence[str], everything: Sequence[str]) -> Sequence[str]:
         """Return all matrices; with neurons, those of the feed-forward blocks."""
-        return [n for n in matrices if self.unit != "neuron" or _part(n)[1] in FEED_FORWARD]
+        if self.unit != "neuron":
+            return matrices
+        inside = [name for name in matrices if _part(name)[1] in FEED_FORWARD]
+        if 7 * len(inside) != 3 * len(matrices):
+            raise UserError("attribution: unit=neuron knows Llama-like blocks alone; choose unit=row")
+        return inside
 
     def prepare(self, job: Job) -> Chosen:
         """Attribute, and choose, or take the neurons that are given."""
@@ -292,28 +299,31 @@ class Bench:
     names: Sequence[str]
     groups: Mapping[str, Sequence[Text]]
 
-    @property
-    def weights(self) -> dict[str, nn.Parameter]:
-        """The matrices that may be edited."""
-        held = self.loaded.model.state_dict(keep_vars=True)
-        return {name: held[name] for name in self.names}
+    @cached_property
+    def memory(self) -> InMemory:
+        """The matrices in the loaded model."""
+        return InMemory(self.loaded, self.space.catalogue)
+
+    @cached_property
+    def parts(self) -> dict[str, FeedForward]:
+        """The loaded model's feed-forward parts."""
+        return {part.name: part for part in read_layout(self.loaded.model).parts}
 
     def delta(self, name: str) -> Tensor:
         """Return T of one matrix, (out, in)."""
         return self.space.unit(name).delta()
 
     def zeros(self) -> dict[str, Tensor]:
-        """Return a sum for each matrix."""
-        return {name: torch.zeros(weight.shape) for name, weight in self.weights.items()}
+        """Return a sum for each matrix, (out, in)."""
+        return {name: torch.zeros(self.memory.shape(name)) for name in self.names}
 
-    @torch.no_grad()
     def place(self, towards: float | Callable[[str], Tensor]) -> None:
         """Set every matrix to ``tuned + towards · (aligned - tuned)``, a number or a mask of each matrix."""
-        for name, weight in self.weights.items():
+        for name in self.names:
             unit = self.space.unit(name)
             start, end = unit.tuned[name].float(), unit.aligned[name].float()
             share = torch.tensor(towards) if isinstance(towards, float) else towards(name).float()
-            weight.copy_(torch.lerp(start, end, share.expand_as(start)))
+            self.memory.write(name, torch.lerp(start, end, share.expand_as(start)))
 
     def losses(self, group: str) -> Iterator[Tensor]:
         """Yield the sum over a few texts at a time of their mean cross-entropy, divided by the number of texts."""
@@ -335,37 +345,65 @@ class Bench:
         return loss
 
     def add_gradients(self, group: str, sums: Mapping[str, Tensor], weight: float) -> None:
-        """Add ``weight`` times the gradient of a group's loss, each matrix's as soon as it is whole."""
-        with (
-            torch.enable_grad(),
-            _taken(self.weights, lambda n, g: sums[n].add_(g.float().cpu(), alpha=weight)),
-        ):
+        """Add ``weight`` times the gradient of a group's loss, each parameter's as soon as it is whole."""
+        takers: dict[nn.Parameter, list[Callable[[Tensor], object]]] = {}
+        for name in self.names:
+            for parameter, view, into in self._held(name, sums[name]):
+                takers.setdefault(parameter, []).append(partial(_add, view, into, weight))
+        with torch.enable_grad(), _taken(takers):
             for part in self.losses(group):
                 part.backward()  # type: ignore[no-untyped-call]
 
+    def _held(
+        self, name: str, sums: Tensor
+    ) -> Iterator[tuple[nn.Parameter, Callable[[Tensor], Tensor], Tensor]]:
+        """Yield the parameters that hold a matrix, how to view it in each, and what of its sum that fills."""
+        stored = self.space.catalogue.matrices[name]
+        if not stored.pieces:
+            parameter = self.memory.parameter(stored.tensor)
+            assert isinstance(parameter, nn.Parameter)
+            yield parameter, stored.cut, sums
+        for piece in stored.pieces:
+            part = self.parts[piece.part]
+            matrix = {"gate": part.gate, "up": part.up, "down": part.down}[piece.role]
+            assert matrix is not None
+            parameter = held(matrix.module, matrix.attribute)
+            assert isinstance(parameter, nn.Parameter)
+            yield parameter, partial(_view, matrix, piece), piece.of(sums)
+
+
+def _view(matrix: Matrix, piece: Piece, gradient: Tensor) -> Tensor:
+    """View one part's, or expert's, map in the gradient of the parameter that holds it, as (out, in)."""
+    whole = matrix.neurons_last(gradient)
+    mine = whole if piece.expert is None else whole[piece.expert]
+    return mine if matrix.inputs else mine.T
+
+
+def _add(view: Callable[[Tensor], Tensor], into: Tensor, weight: float, gradient: Tensor) -> None:
+    into.add_(view(gradient).float().cpu(), alpha=weight)
+
 
 @contextmanager
-def _taken(weights: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Hand each matrix's gradient over and let go of it, before the next one's is computed."""
+def _taken(takers: Mapping[nn.Parameter, Sequence[Callable[[Tensor], object]]]) -> Iterator[None]:
+    """Hand each parameter's gradient over and let go of it, before the next one's is computed."""
 
-    def hook(name: str) -> Callable[[Tensor], None]:
-        def taken(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            take(name, parameter.grad)
-            parameter.grad = None
-
-        return taken
+    def taken(parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        for take in takers[parameter]:
+            take(parameter.grad)
+        parameter.grad = None
 
     handles = []
     try:
-        for name, parameter in weights.items():
+        for parameter in takers:
             parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(hook(name)))  # type: ignore[no-untyped-call]
+            handles.append(parameter.register_post_accumulate_grad_hook(taken))  # type: ignore[no-untyped-call]
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in weights.values():
+        for parameter in takers:
             parameter.requires_grad_(False)
 
 
