@@ -17,7 +17,7 @@ from resafe.errors import UserError
 from resafe.evaluate.keyword import KeywordJudge
 from resafe.model.load import load
 from resafe.model.stored import InMemory, catalogue
-from resafe.repairing import antidote, ema, safedelta, safepatching  # noqa: F401
+from resafe.repairing import antidote, asft, lox, lssf, resta, safedelta, safelora, safemerge, safepatching  # noqa: F401
 from resafe.repairing.space import DenseSpace
 from resafe.roles import assign
 from resafe.weights.adapter import open_model
@@ -38,7 +38,7 @@ KINDS = {
     "deepseek_v3": None,  # latent attention, dense blocks before sparse ones
 }
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
-CHOOSY = ("fgsn", "safepatching")  # they may leave an expert alone
+CHOOSY = ("fgsn", "safepatching", "lssf")  # they may leave an expert alone
 METHODS = {
     "interpolate": {},
     "reset": {},
@@ -48,6 +48,12 @@ METHODS = {
     "safedelta": {"budget": "share", "s": 0.3},
     "antidote": {"answers": "given", "matrices": "all"},
     "safepatching": {"answers": "given", "a": 1.0, "keep": 0.5},
+    "safelora": {"number": 1000},
+    "lox-post": {},
+    "resta": {},
+    "lssf": {},
+    "asft-projector": {},
+    "safemerge": {"tau": 1.01},
 }
 
 
@@ -139,6 +145,24 @@ def test_slices_are_read_and_written_alone(tmp_path: Path) -> None:
             assert torch.equal(after.tensor(key)[2], aligned.tensor(key)[2])
         else:
             assert bool(changed.any()) is (key == "model.layers.0.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("method", ["fgsn", "nlsr", "safedelta", "antidote", "lssf", "safepatching"])
+def test_an_expert_that_no_token_reaches_is_no_trouble(tmp_path: Path, method: str) -> None:
+    """Nothing is known of it, so what needs to know leaves it alone, and all numbers are finite."""
+    for seed, role in enumerate(("base", "aligned", "tuned")):
+        saved(tmp_path / role, "gpt_oss", seed)
+        file = tmp_path / role / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.router.bias"][3] = -1e4
+        save_file(tensors, file, {"format": "pt"})
+    edit = edited(job(tmp_path, "tuned", "aligned"), method, **METHODS[method])
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    new, old = edit.weight(name, 1.0), edit.space.tuned.tensor(name)
+    assert bool(new.isfinite().all())
+    assert bool((new[:3] != old[:3]).any())
+    if method in ("nlsr", "lssf"):
+        assert torch.equal(new[3], old[3])
 
 
 def tied(folder: Path, source: Path) -> Path:

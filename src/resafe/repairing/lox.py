@@ -18,6 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from resafe.errors import UserError
+from resafe.model.stored import catalogue
 from resafe.registry import Badge, Need, method
 from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
 from resafe.repairing.projection import top_part
@@ -46,7 +47,9 @@ class _Extrapolation(Repair):
 
     def prepare(self, job: Job) -> frozenset[str]:
         """Return the tensors of more than one dimension, by their headers."""
-        return frozenset(name for name in job.tuned.names if len(job.tuned.info(name).shape) > 1)
+        inside = catalogue(job.tuned).of_tensor
+        wide = (name for name in job.tuned.names if len(job.tuned.info(name).shape) > 1)
+        return frozenset(matrix for name in wide for matrix in inside(name))
 
     def decide(self, measured: Mapping[str, object], statistics: object) -> Plan:
         """Choose all that is no vector."""

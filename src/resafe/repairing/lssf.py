@@ -17,7 +17,7 @@ U and σ come from the second moments of the inputs alone: they are eigenvectors
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from resafe.errors import UserError
-from resafe.locating.lowrank import Calibration, Map, Source, accumulate, maps
-from resafe.locating.observe import Bench
-from resafe.model.load import load
+from resafe.locating.lowrank import Calibration, Source, accumulate
+from resafe.model.load import LoadedModel, load
+from resafe.model.stored import InMemory, catalogue
 from resafe.neurons import layer_of
 from resafe.registry import Badge, Need, method
 from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
-from resafe.repairing.calibrate import with_responses
+from resafe.repairing.calibrate import sources_of, with_responses
 
 _MEMORY = 1 << 31  # bytes of second moments that one pass over the prompts may gather
 
@@ -102,17 +102,21 @@ class LSSF(Repair):
 
     def prepare(self, job: Job) -> Mapping[str, Tensor]:
         """Return U' (out, r) of every matrix, from the aligned model's inputs on what it refuses."""
-        bench = Bench.of(load(job.reference().folder, merge=True))
-        text = with_responses(bench.loaded, job.harmful, job.judge)
+        loaded = load(job.reference().folder, merge=True)
+        memory = InMemory(loaded, catalogue(job.reference()))
+        sources = sources_of(memory)
+        text = with_responses(loaded, job.harmful, job.judge)
         if self.tokens == "all":
             text = Calibration(text.ids, [0] * len(text.ids))
         found: dict[str, Tensor] = {}
-        for group in _groups(maps(bench.layout, "entry")):
-            moments = self._moments(bench, text, {one.source for one in group})
-            found |= {one.name: self.basis(one.weight, moments[one.source]) for one in group}
+        for group in _groups({name: (source, memory.shape(name)[1]) for name, source in sources.items()}):
+            moments = self._moments(loaded, text, {sources[name] for name in group})
+            for name in group:
+                if sources[name] in moments:  # no token may have reached an expert
+                    found[name] = self.basis(memory.read(name).double(), moments[sources[name]])
         return found
 
-    def _moments(self, bench: Bench, text: Calibration, sources: set[Source]) -> dict[Source, Tensor]:
+    def _moments(self, loaded: LoadedModel, text: Calibration, sources: set[Source]) -> dict[Source, Tensor]:
         sums: dict[Source, _Sums] = {}
 
         def see(source: Source, x: Tensor) -> None:
@@ -124,7 +128,7 @@ class LSSF(Repair):
                 sums[source] = _Sums(zero, zero.new_zeros(side))
             sums[source].add(x)
 
-        accumulate(bench.loaded, text, sources, see)
+        accumulate(loaded, text, sources, see)
         if self.normalise == "feature":
             return {source: found.standardised() for source, found in sums.items()}
         return {source: found.gram for source, found in sums.items()}
@@ -143,15 +147,10 @@ class LSSF(Repair):
         return 1.0 + (self.a1 - 1.0) * (sigma - sigma[-1]) / spread
 
     def decide(self, measured: Mapping[str, object], statistics: object) -> Plan:
-        """Choose every matrix whose directions are known."""
+        """Choose every matrix whose directions are known: all but those of experts that no token reached."""
         assert isinstance(statistics, Mapping)
-        lacking = sorted(measured.keys() - statistics.keys())
-        if lacking:
-            raise UserError(
-                f"lssf saw no input of {lacking[0]}; it supports dense feed-forward networks only"
-            )
-        ranks = {name: statistics[name].shape[1] for name in measured}
-        return Plan(frozenset(measured), details={"rank": ranks})
+        ranks = {name: statistics[name].shape[1] for name in measured if name in statistics}
+        return Plan(frozenset(ranks), details={"rank": ranks})
 
     def edit(self, unit: Unit, plan: Plan, statistics: object) -> dict[str, Target]:
         """Fuse one matrix."""
@@ -161,16 +160,13 @@ class LSSF(Repair):
         return {unit.key: Target(value, None)}
 
 
-def _groups(every: Sequence[Map]) -> Iterator[list[Map]]:
-    """Yield the maps of as many layers as one pass may gather moments of."""
-    group: list[Map] = []
+def _groups(every: Mapping[str, tuple[Source, int]]) -> Iterator[list[str]]:
+    """Yield the matrices of as many layers as one pass may gather moments of, given their sources and widths."""
+    group: list[str] = []
     held = 0
-    for _, layer in groupby(every, lambda one: layer_of(one.name)):
+    for _, layer in groupby(every, layer_of):
         mine = list(layer)
-        size = sum(
-            8 * side**2
-            for side in {one.source: one.view(one.matrix.tensor).shape[1] for one in mine}.values()
-        )
+        size = sum(8 * side**2 for _, side in {every[name] for name in mine})
         if group and held + size > _MEMORY:
             yield group
             group, held = [], 0

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from resafe.errors import UserError
 from resafe.registry import Badge, Need, method
-from resafe.repairing.base import Job, Model, Plan, Repair, Target, Unit
+from resafe.repairing.base import Job, Kind, Model, Plan, Repair, Target, Unit
 from resafe.repairing.projection import Likeness, left_of, likeness
 from resafe.repairing.space import (
     AnySpace,
@@ -124,7 +124,8 @@ class SafeMERGE(Repair):
     def measure(self, unit: Unit, statistics: object) -> Likeness:
         """Return ρ of one matrix."""
         assert isinstance(statistics, Partners)
-        d = alignment(statistics.aligned, statistics.base, unit.name)
+        dense = unit.kind is Kind.DENSE
+        d = unit.alignment() if dense else alignment(statistics.aligned, statistics.base, unit.name)
         return likeness(d, *left_of(unit, statistics.space))
 
     def decide(self, measured: Mapping[str, object], statistics: object) -> Plan:
