@@ -28,9 +28,10 @@ from resafe.candidates import TrialModel
 from resafe.evaluate.measure import Measurement, PromptSets
 from resafe.protocol import protocol
 from resafe.registry import get, methods
-from resafe.repairing.attribution import SHARES, Attribution, Chosen, largest
+from resafe.repairing.attribution import Attribution, Chosen, largest
 from resafe.repairing.base import Job
 from resafe.repairing.engine import Edit, plan_edit
+from resafe.repairing.space import DenseSpace
 from resafe.roles import assign
 from resafe.weights.adapter import Adapter
 
@@ -54,6 +55,14 @@ ABLATION: tuple[Setting, ...] = (
     {**TASK, "unit": "neuron"},
     {**TASK, "unit": "module"},
 )
+CURVE = (0.005, 0.01, 0.02, 0.04, 0.08)
+SCORES: tuple[Setting, ...] = (
+    {"steps": 0, "penalty": 0.0},
+    {"penalty": 0.0},
+    {},
+    TASK,
+    {**TASK, "unit": "row"},
+)
 REPORTED: tuple[Setting, ...] = ({}, TASK)  # fixed before the tuned models of seeds 1 and 2 were looked at
 
 
@@ -73,10 +82,10 @@ class Lab:
         rows = [{"prompt": p.prompt, "response": p.response} for p in found.task]
         self.task.write_text("\n".join(map(json.dumps, rows)))
 
-    def plan(self, setting: Setting) -> Edit:
-        """Let the method choose."""
+    def plan(self, setting: Setting, statistics: Chosen | None = None) -> Edit:
+        """Let the method choose, or take what it has chosen."""
         known = {"task": str(self.task)} if "task" in setting else {}
-        return plan_edit(get("attribution", "repair"), {**setting, **known}, self.job)
+        return plan_edit(get("attribution", "repair"), {**setting, **known}, self.job, statistics=statistics)
 
     def measure(self, edit: Edit, prompts: PromptSets, strength: float = 1.0) -> Measurement:
         """Measure an edit, and undo it."""
@@ -105,9 +114,7 @@ def largest_delta(edit: Edit) -> Edit:
         sizes[name] = delta.abs() if repair.unit == "entry" else delta.abs().mean(1)
     count = sum(int(mask.sum()) for mask in chosen.masks.values())
     masks = largest(sizes, count / sum(values.numel() for values in sizes.values()))
-    statistics = replace(chosen, masks=masks)
-    plan = repair.decide({name: edit.plan.details["reset"][name] for name in edit.units}, statistics)
-    return replace(edit, plan=plan, statistics=statistics, _kept={})
+    return with_masks(edit, replace(chosen, masks=masks))
 
 
 def rates(found: Measurement) -> str:
@@ -136,6 +143,31 @@ def ablation(names: list[str], settings: tuple[Setting, ...], scratch: Path) -> 
             found = lab.measure(edit, lab.prompts.choose)
             share = edit.share(1.0).targeted
             print(f"| {name} | {label(setting)} | {share:.4f} | {rates(found)} | {seconds:.0f} |", flush=True)
+
+
+def curves(names: list[str], scratch: Path) -> None:
+    """Print harmful rate and task score with growing shares reset, a line for each model and score."""
+    print("| model | score | " + " | ".join(f"{share:g}" for share in CURVE) + " |")
+    print("|---|---|" + "---|" * len(CURVE))
+    for name in names:
+        lab = Lab(family(scratch, 0) / name, scratch)
+        for setting in SCORES:
+            known = {"task": str(lab.task)} if "task" in setting else {}
+            repair = Attribution(**{**setting, **known})
+            matrices = DenseSpace(lab.job.tuned, lab.job.aligned, lab.job.base).matrices()
+            scores = repair.scores(repair.bench(lab.job, matrices))
+            edit = lab.plan({**setting, "share": 1.0}, Chosen(largest(scores, 1.0), (), 1.0, ""))
+            cells = []
+            for share in CURVE:
+                chosen = Chosen(largest(scores, share), (), share, "")
+                cells.append(rates(lab.measure(with_masks(edit, chosen), lab.prompts.choose)))
+            print(f"| {name} | {label(setting)} | " + " | ".join(cells) + " |", flush=True)
+
+
+def with_masks(edit: Edit, chosen: Chosen) -> Edit:
+    """Return the same edit with other neurons."""
+    measured = {name: edit.plan.details["reset"][name] for name in edit.units}
+    return replace(edit, plan=edit.repair.decide(measured, chosen), statistics=chosen, _kept={})
 
 
 def mean(values: list[float]) -> str:
@@ -191,7 +223,7 @@ def main() -> None:
         elif options.table == "ablation":
             ablation(options.only, ABLATION, scratch)
         else:
-            ablation(options.only, tuple({**TASK, "share": share} for share in SHARES), scratch)
+            curves(options.only, scratch)
 
 
 if __name__ == "__main__":

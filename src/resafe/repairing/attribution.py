@@ -16,7 +16,7 @@ The units with the largest positive S go back to the aligned weights. How many i
 losses with growing shares reset, the smallest share whose L_safe plus rise of L_keep is within `TOLERANCE` of the
 lowest. Neither prompts that choose nor generated answers are spent on it.
 
-In memory: the tuned model with one matrix's gradient at a time, and on the CPU two float32 sums as large as the
+In memory: the tuned model with one parameter's gradient at a time, and on the CPU two float32 sums as large as the
 matrices; of the aligned model and of T one matrix at a time, read from disk.
 """
 
@@ -136,9 +136,10 @@ class Attribution(Repair):
     def prepare(self, job: Job) -> Chosen:
         """Attribute, and choose, or take the neurons that are given."""
         model = fingerprint(job.tuned.files)
+        names = self.names(choose_space(self.kinds(job), job).matrices(), ())
         if job.neurons is not None:
-            return Chosen(self._given(job.neurons, model), (), 0.0, model)
-        bench = self.bench(job, self.names(choose_space(self.kinds(job), job).matrices(), ()))
+            return Chosen(self._given(job.neurons, model, names), (), 0.0, model)
+        bench = self.bench(job, names)
         scores = self.scores(bench)
         if self.share != "auto":
             return Chosen(largest(scores, self.share), (), self.share, model)
@@ -253,13 +254,16 @@ class Attribution(Repair):
         assert isinstance(statistics, Chosen)
         return {unit.key: Target(unit.aligned[unit.key], self.mask(unit.name, statistics.masks))}
 
-    def _given(self, neurons: NeuronSet, model: str) -> Mapping[str, Tensor]:
+    def _given(self, neurons: NeuronSet, model: str, names: Sequence[str]) -> Mapping[str, Tensor]:
         site = _SITES.get(self.unit)
         if neurons.site is not site:
             raise UserError(
                 f"attribution with unit={self.unit} cannot reset neurons of site {neurons.site}; choose another unit"
             )
         neurons.check(model, "the tuned model")
+        missing = sorted({self._key(name) for name in names} - set(neurons.masks))
+        if missing:
+            raise UserError(f"the neuron set lacks {missing[0]}; find the neurons of this model again")
         return neurons.masks
 
 
@@ -277,9 +281,7 @@ def largest(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     without a copy; units that are equal to it are all chosen.
     """
     wanted = max(1, round(share * sum(values.numel() for values in scores.values())))
-    bits = {
-        name: values.contiguous().view(torch.int32) for name, values in scores.items()
-    }  # negative: sign bit
+    bits = {name: values.contiguous().view(torch.int32) for name, values in scores.items()}
     low, high = 1, 0x7F800000
     while low < high:
         middle = (low + high) // 2
