@@ -123,7 +123,8 @@ class LoX(_Extrapolation):
     badge=Badge.VARIANT,
     paper="https://arxiv.org/abs/2506.15606",
     needs=frozenset({Need.ALIGNED, Need.BASE}),
-    strengths=(1.0, 2.0, 4.0),
+    strengths=(0.25, 1.0),
+    variants=({"alpha": 1.2},),
 )
 @dataclass(frozen=True)
 class LoXPost(_Extrapolation):

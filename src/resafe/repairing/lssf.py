@@ -69,7 +69,8 @@ class _Sums:
     badge=Badge.RECONSTRUCTION,
     paper="https://arxiv.org/abs/2602.00038",
     needs=frozenset({Need.ALIGNED, Need.BASE, Need.HARMFUL}),
-    strengths=(0.5, 1.0, 2.0),
+    strengths=(0.5, 1.0),
+    variants=({"alpha": 2.0},),
 )
 @dataclass(frozen=True)
 class LSSF(Repair):

@@ -34,7 +34,8 @@ from resafe.repairing.base import Job, Kind, Plan, Repair, Target, Unit
     badge=Badge.PAPER,
     paper="https://arxiv.org/abs/2402.11746",
     needs=frozenset({Need.ALIGNED, Need.BASE}),
-    strengths=(0.5, 1.0, 2.0),
+    strengths=(0.5, 1.0),
+    variants=({"gamma": 1.0},),
 )
 @dataclass(frozen=True)
 class RESTA(Repair):

@@ -58,7 +58,8 @@ class Partners:
     badge=Badge.EXACT,
     paper="https://arxiv.org/abs/2503.17239",
     needs=frozenset({Need.ALIGNED, Need.BASE}),
-    strengths=(1.0, 2.5, 4.0),
+    strengths=(0.5, 1.0),
+    variants=({"weight": 0.8},),
 )
 @dataclass(frozen=True)
 class SafeMERGE(Repair):
