@@ -122,6 +122,18 @@ def test_nothing_is_chosen_where_no_reset_helps() -> None:
     assert not largest({"a": torch.tensor([-1.0, 0.0, -0.0])}, 0.5)["a"].any()
 
 
+def test_parameters_come_as_text() -> None:
+    method = get("attribution", "repair")
+    assert method.make({"share": "0.02", "unit": "row"}) == Attribution(share=0.02, unit="row")
+    assert method.make({"share": "auto"}) == Attribution()
+
+
+def test_equal_scores_are_chosen_together_or_not_at_all() -> None:
+    scores = {"a": torch.tensor([1.0, 0.5, 0.5, 0.1])}
+    assert largest(scores, 0.5)["a"].tolist() == [True, False, False, False]
+    assert largest(scores, 0.75)["a"].tolist() == [True, True, True, False]
+
+
 def test_the_smallest_share_near_the_best_is_taken() -> None:
     def share(*losses: tuple[float, float, float]) -> float:
         return best_share([Rung(0.0, 1.0, 0.2), *(Rung(*rung) for rung in losses)])

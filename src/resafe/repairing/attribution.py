@@ -278,7 +278,7 @@ def largest(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """Choose the share of all units with the largest scores, and only positive ones.
 
     The bits of positive floats are ordered as integers, so the threshold is found by bisection, in 31 counts and
-    without a copy; units that are equal to it are all chosen.
+    without a copy. Of equal scores that are together too many none is chosen.
     """
     wanted = max(1, round(share * sum(values.numel() for values in scores.values())))
     bits = {name: values.contiguous().view(torch.int32) for name, values in scores.items()}
