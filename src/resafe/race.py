@@ -26,7 +26,7 @@ from resafe.repairing.engine import Edit, plan_edit
 from resafe.search import Baselines, Bounds, Trial, best, measure_trial, options, value
 
 BUDGET = 11.0  # evaluations; baselines, confirmation and controls take eight or nine more
-LOOK = 40  # prompts of a kind in a first look
+LOOK = (8, 40)  # prompts of a kind in a first look: a fifth of them, between these
 FINALISTS = 5
 STEPS = (0.25, 0.5, 0.7, 0.85, 1.0)  # strengths between which the best is bracketed
 
@@ -106,7 +106,7 @@ def _look(
     baselines: Baselines,
     bounds: Bounds,
 ) -> Runner:
-    few = first(prompts, LOOK)
+    few = first(prompts, max(LOOK[0], min(LOOK[1], len(prompts.harmful) // 5)))
     with trial_model.edited(edit, strength):
         found = trial_model.measure(few, whole=prompts)
     cost = Trial(edit, strength, found, None, edit.share(strength), False).cost

@@ -51,7 +51,8 @@ class Method:
         paper: link to the paper, or None for a control.
         needs: inputs it cannot do without.
         strengths: strengths that the automatic search tries; 1.0 is the method as published.
-        variants: parameter settings that the automatic search tries beside the defaults.
+        variants: parameter settings that the automatic search tries; none keep the method out of it and of
+            comparisons.
         factory: a frozen dataclass whose fields are the method's parameters.
     """
 

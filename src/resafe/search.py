@@ -120,7 +120,7 @@ def options(
     method: Method, parameters: Mapping[str, object], strength: float | None
 ) -> list[dict[str, object]]:
     """Return the parameter settings to try: what the user fixed wins over the method's own variants."""
-    if parameters or strength is not None:
+    if parameters or strength is not None or not method.variants:
         return [dict(parameters)]
     return [dict(variant) for variant in method.variants]
 

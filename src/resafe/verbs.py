@@ -193,7 +193,7 @@ def _methods(name: str, parameters: Mapping[str, object], strength: float | None
     if parameters or strength is not None:
         raise UserError("parameters and --strength belong to one method; name it with --method")
     known = methods("repair").values()
-    tried = [m for m in known if m.badge is not Badge.CONTROL]
+    tried = [m for m in known if m.badge is not Badge.CONTROL and m.variants]
     return [*tried, get("interpolate", "repair")]
 
 
@@ -336,7 +336,7 @@ def _compared(run: Experiment) -> CompareResult:
     trial_model, baselines = measure_baselines(run)
     held = held_out_baselines(run, trial_model)
     rows = []
-    for method in methods("repair").values():
+    for method in (m for m in methods("repair").values() if m.variants):
         trials = _tried_or_none(run, trial_model, method, baselines)
         if trials:
             rows.append(reported(run, trial_model, trials, baselines, held)[0])

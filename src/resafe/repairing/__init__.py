@@ -1,5 +1,35 @@
 """Repair methods. Importing this package registers all of them."""
 
-from resafe.repairing import controls, fgsn, nlsr
+from resafe.repairing import (
+    antidote,
+    asft,
+    attribution,
+    controls,
+    ema,
+    fgsn,
+    lox,
+    lssf,
+    nlsr,
+    resta,
+    safedelta,
+    safelora,
+    safemerge,
+    safepatching,
+)
 
-__all__ = ["controls", "fgsn", "nlsr"]
+__all__ = [
+    "antidote",
+    "asft",
+    "attribution",
+    "controls",
+    "ema",
+    "fgsn",
+    "lox",
+    "lssf",
+    "nlsr",
+    "resta",
+    "safedelta",
+    "safelora",
+    "safemerge",
+    "safepatching",
+]

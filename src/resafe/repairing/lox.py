@@ -77,6 +77,7 @@ class _Extrapolation(Repair):
     badge=Badge.EXACT,
     paper="https://arxiv.org/abs/2506.15606",
     needs=frozenset({Need.BASE}),
+    variants=(),  # no repair of a tuned model
 )
 @dataclass(frozen=True)
 class LoX(_Extrapolation):
