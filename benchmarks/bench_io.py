@@ -1,17 +1,22 @@
 """Time and memory of a weight edit on disk, against what the disk alone needs.
 
-Two jobs, each in a process of its own that has done its imports before the clock starts:
+Three jobs, each in a process of its own that has done its imports before the clock starts:
 
 ``interpolate``
     a sharded bf16 Llama-shaped checkpoint is moved half-way to an aligned one of the same shapes. Beside it
     a plain copy reads both inputs and writes (and fsyncs) one output, in 16 MiB blocks and a single pass. The
     two alternate; the ratio is the median over the pairs. ``warm`` finds the inputs in the page cache,
-    ``cold`` finds none of them there. The same is done with hashing switched off, to show what it costs.
+    ``cold`` finds none of them there. The same is done with hashing switched off, to show what it costs, and
+    with mergekit's linear merge, where ``--mergekit`` names a Python that has it. CPU is what all threads took
+    together: on a machine that others use too it says more than the clock.
+``mixture``
+    the same for a Mixtral-shaped checkpoint: eight experts a layer, three tensors each.
 ``nlsr``
     an adapter pair shaped like Llama-3-8B's (r = 128, 224 modules) whose base model is not on this machine,
     with a neuron set made from synthetic Gram matrices.
 
-    python benchmarks/bench_io.py [--size-gb 4] [--pairs 3] [--job all|interpolate|nlsr] [--json]
+    python benchmarks/bench_io.py [--size-gb 4] [--pairs 3] [--job all|interpolate|mixture|nlsr]
+                                  [--mergekit PYTHON] [--json]
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from torch import Tensor
 BLOCK = 16 << 20
 SHARD = 1_000_000_000
 HIDDEN, KV, FFN, VOCAB = 3072, 1024, 8192, 32000
+EXPERTS, EXPERT_FFN = 8, 2048
 EIGHT = {"hidden": 4096, "kv": 1024, "ffn": 14336, "layers": 32}
 RANK = 128
 
@@ -54,20 +60,53 @@ def linears(hidden: int, kv: int, ffn: int) -> dict[str, tuple[int, int]]:
 # Inputs --------------------------------------------------------------------------------------------------
 
 
-def llama_shapes(size_gb: float) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a Llama of hidden size 3072 with as many layers as the size needs."""
-    per_layer = 2 * (2 * HIDDEN * HIDDEN + 2 * KV * HIDDEN + 3 * FFN * HIDDEN)
+def shapes_of(size_gb: float, mixture: bool) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a Llama or Mixtral of hidden size 3072 with as many layers as the size needs."""
+    block = linears(HIDDEN, KV, FFN)
+    if mixture:
+        block = {name: shape for name, shape in block.items() if "mlp" not in name}
+        block["block_sparse_moe.gate"] = (EXPERTS, HIDDEN)
+        for expert in range(EXPERTS):
+            for name, shape in (
+                ("w1", (EXPERT_FFN, HIDDEN)),
+                ("w2", (HIDDEN, EXPERT_FFN)),
+                ("w3", (EXPERT_FFN, HIDDEN)),
+            ):
+                block[f"block_sparse_moe.experts.{expert}.{name}"] = shape
+    per_layer = 2 * sum(out * width for out, width in block.values())
     layers = max(1, -int(-(size_gb * 1e9 - 4 * VOCAB * HIDDEN) // per_layer))
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (HIDDEN,)
-        shapes |= {f"{prefix}{part}.weight": shape for part, shape in linears(HIDDEN, KV, FFN).items()}
+        shapes |= {f"{prefix}{part}.weight": shape for part, shape in block.items()}
         shapes[prefix + "post_attention_layernorm.weight"] = (HIDDEN,)
     return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
 
 
-def make_llama(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> int:
+def config_of(layers: int, mixture: bool) -> dict[str, object]:
+    shared = {
+        "num_hidden_layers": layers,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HIDDEN // 128,
+        "num_key_value_heads": KV // 128,
+        "head_dim": 128,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    own = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": FFN}
+    if mixture:
+        own = {
+            "model_type": "mixtral",
+            "architectures": ["MixtralForCausalLM"],
+            "intermediate_size": EXPERT_FFN,
+        }
+        own["num_local_experts"] = EXPERTS
+    return shared | own
+
+
+def make_model(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int, mixture: bool) -> int:
     """Write a checkpoint in shards of about 1 GB; every seed but 0 is seed 0 with a little noise."""
     folder.mkdir()
     weight_map: dict[str, str] = {}
@@ -98,8 +137,7 @@ def make_llama(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> i
     index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
     layers = sum(name.endswith("q_proj.weight") for name in shapes)
-    config = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": HIDDEN}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config_of(layers, mixture)))
     return total
 
 
@@ -151,7 +189,7 @@ def child_copy(sources: list[str], target: str) -> dict[str, float]:
     """Read every source once; write and fsync as many bytes as the first half of them holds."""
     buffer = memoryview(bytearray(BLOCK))
     files = [sorted(Path(source).glob("*.safetensors")) for source in sources]
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), time.process_time()
     for file in (file for group in files for file in group):
         descriptor = os.open(file, os.O_RDONLY)
         while os.readv(descriptor, [buffer]):
@@ -167,7 +205,8 @@ def child_copy(sources: list[str], target: str) -> dict[str, float]:
         os.fsync(descriptor)
         os.close(descriptor)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "read": read, "write": seconds - read, "rss": peak_rss()}
+    cpu = time.process_time() - begun
+    return {"seconds": seconds, "read": read, "write": seconds - read, "cpu": cpu, "rss": peak_rss()}
 
 
 def child_repair(arguments: dict[str, object], hashing: bool) -> dict[str, object]:
@@ -180,12 +219,13 @@ def child_repair(arguments: dict[str, object], hashing: bool) -> dict[str, objec
     methods("repair")
     if not hashing:
         _without_hashing()
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), time.process_time()
     result = verbs.repair(**arguments)  # type: ignore[arg-type]
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - begun
     assert result.edited_share is not None
     return {
         "seconds": seconds,
+        "cpu": cpu,
         "rss": peak_rss(),
         "steps": dict(result.seconds),
         "changed": result.edited_share.changed,
@@ -205,6 +245,27 @@ def _without_hashing() -> None:
 
     hashlib.sha256 = lambda *data, **options: Nothing()  # type: ignore[assignment,misc]
     hashlib.file_digest = lambda stream, name: Nothing()  # type: ignore[assignment,misc]
+
+
+def child_mergekit(tuned: str, aligned: str, out: str) -> dict[str, float]:
+    """Merge the two half and half with mergekit, streaming, and bring the result to disk as a repair does."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    models = [{"model": model, "parameters": {"weight": 0.5}} for model in (tuned, aligned)]
+    job = MergeConfiguration.model_validate({"merge_method": "linear", "dtype": "bfloat16", "models": models})
+    start, begun = time.perf_counter(), time.process_time()
+    run_merge(job, out, MergeOptions(copy_tokenizer=False, lazy_unpickle=True, quiet=True))
+    for file in Path(out).glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu": time.process_time() - begun,
+        "rss": peak_rss(),
+    }
 
 
 def child_neurons(aligned: str, file: str) -> dict[str, object]:
@@ -230,12 +291,12 @@ def child_neurons(aligned: str, file: str) -> dict[str, object]:
     return {"seconds": time.perf_counter() - start, "rss": peak_rss(), "neurons": len(neurons)}
 
 
-CHILDREN = {"copy": child_copy, "repair": child_repair, "neurons": child_neurons}
+CHILDREN = {"copy": child_copy, "repair": child_repair, "mergekit": child_mergekit, "neurons": child_neurons}
 
 
-def child(task: str, *arguments: object) -> dict[str, float]:
+def child(task: str, *arguments: object, python: str = sys.executable) -> dict[str, float]:
     """Run one of the functions above in a fresh process."""
-    command = [sys.executable, __file__, "--child", task, json.dumps(arguments)]
+    command = [python, __file__, "--child", task, json.dumps(arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -258,11 +319,13 @@ def settle(folders: list[Path], cold: bool) -> None:
         os.close(descriptor)
 
 
-def bench_interpolate(work: Path, size_gb: float, pairs: int) -> dict[str, object]:
-    shapes = llama_shapes(size_gb)
+def bench_interpolate(
+    work: Path, size_gb: float, pairs: int, mixture: bool, mergekit: str | None
+) -> dict[str, object]:
+    shapes = shapes_of(size_gb, mixture)
     tuned, aligned, out = work / "tuned", work / "aligned", work / "out"
-    nbytes = make_llama(tuned, shapes, 1)
-    make_llama(aligned, shapes, 0)
+    nbytes = make_model(tuned, shapes, 1, mixture)
+    make_model(aligned, shapes, 0, mixture)
     arguments = {
         "tuned": str(tuned),
         "aligned": str(aligned),
@@ -279,9 +342,13 @@ def bench_interpolate(work: Path, size_gb: float, pairs: int) -> dict[str, objec
                 ("copy", ("copy", [str(tuned), str(aligned)], str(out))),
                 ("repair", ("repair", arguments, True)),
                 ("unhashed", ("repair", arguments, False)),
+                ("mergekit", ("mergekit", str(tuned), str(aligned), str(out))),
             ):
+                if name == "mergekit" and mergekit is None:
+                    continue
                 settle([tuned, aligned], cold)
-                row[name] = child(*task)
+                python = mergekit if name == "mergekit" and mergekit else sys.executable
+                row[name] = child(*task, python=python)
                 shutil.rmtree(out)
             runs["cold" if cold else "warm"].append(row)
             progress(f"{'cold' if cold else 'warm'} " + one_line(row))
@@ -310,9 +377,22 @@ def summarise(rows: list[dict[str, object]]) -> dict[str, object]:
         "copy_read_seconds": median("copy", "read"),
         "repair_seconds": median("repair"),
         "unhashed_seconds": median("unhashed"),
+        "copy_cpu": median("copy", "cpu"),
+        "repair_cpu": median("repair", "cpu"),
+        "unhashed_cpu": median("unhashed", "cpu"),
         "ratio": statistics.median(ratio("repair")),
         "ratios": ratio("repair"),
         "ratio_unhashed": statistics.median(ratio("unhashed")),
+    } | (_beside_mergekit(rows) if "mergekit" in rows[0] else {})
+
+
+def _beside_mergekit(rows: list[dict[str, object]]) -> dict[str, object]:
+    times = [row["mergekit"]["seconds"] / row["repair"]["seconds"] for row in rows]  # type: ignore[index]
+    return {
+        "mergekit_seconds": statistics.median(row["mergekit"]["seconds"] for row in rows),  # type: ignore[index]
+        "mergekit_cpu": statistics.median(row["mergekit"]["cpu"] for row in rows),  # type: ignore[index]
+        "mergekit_rss": max(row["mergekit"]["rss"] for row in rows),  # type: ignore[index]
+        "times_faster": statistics.median(times),
     }
 
 
@@ -357,20 +437,28 @@ def progress(text: str) -> None:
 
 def table(found: dict[str, dict[str, object]]) -> str:
     rows = [("what", "measured", "bar")]
-    edit = found.get("interpolate")
-    if edit:
+    for job in ("interpolate", "mixture"):
+        edit = found.get(job)
+        if edit is None:
+            continue
         size = f"{edit['output_bytes'] / 1e9:.1f} GB"  # type: ignore[operator]
         for state in ("warm", "cold"):
             part = edit[state]
             assert isinstance(part, dict)
             rows += [
-                (f"{state}: copy of {size}", f"{part['copy_seconds']:.2f} s", ""),
-                (f"{state}: interpolate", f"{part['repair_seconds']:.2f} s", ""),
-                (f"{state}: ratio", f"{part['ratio']:.2f}", "1.2"),
-                (f"{state}: ratio without hashing", f"{part['ratio_unhashed']:.2f}", ""),
+                (f"{job}, {state}: copy of {size}", timing(part, "copy"), ""),
+                (f"{job}, {state}", timing(part, "repair"), ""),
+                (f"{job}, {state}: ratio", f"{part['ratio']:.2f}", "1.2"),
+                (f"{job}, {state}: ratio without hashing", f"{part['ratio_unhashed']:.2f}", ""),
             ]
+            if "times_faster" in part:
+                rows += [
+                    (f"{job}, {state}: mergekit", timing(part, "mergekit"), ""),
+                    (f"{job}, {state}: times faster than mergekit", f"{part['times_faster']:.1f}", "5"),
+                    (f"{job}, {state}: mergekit's peak RSS", f"{part['mergekit_rss'] / 2**30:.2f} GiB", ""),
+                ]
         peak, bar = (f"{edit[key] / 2**30:.2f} GiB" for key in ("peak_rss", "rss_bar"))  # type: ignore[operator]
-        rows.append(("interpolate: peak RSS", peak, bar))
+        rows.append((f"{job}: peak RSS", peak, bar))
     nlsr = found.get("nlsr")
     if nlsr:
         rows += [
@@ -379,7 +467,11 @@ def table(found: dict[str, dict[str, object]]) -> str:
             ("nlsr: repair", f"{nlsr['seconds']:.1f} s", "60 s"),
             ("nlsr: peak RSS", f"{nlsr['peak_rss'] / 1e9:.2f} GB", "2 GB"),  # type: ignore[operator]
         ]
-    return "\n".join(f"{what:<32}{value:>12}{bar:>12}" for what, value, bar in rows)
+    return "\n".join(f"{what:<48}{value:>22}{bar:>12}" for what, value, bar in rows)
+
+
+def timing(part: dict[str, object], what: str) -> str:
+    return f"{part[f'{what}_seconds']:.2f} s, CPU {part[f'{what}_cpu']:.2f} s"
 
 
 def main() -> None:
@@ -388,8 +480,9 @@ def main() -> None:
     )
     parser.add_argument("--size-gb", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--pairs", type=int, default=3, help="how often each measurement is repeated")
-    parser.add_argument("--job", choices=("all", "interpolate", "nlsr"), default="all")
+    parser.add_argument("--job", choices=("all", "interpolate", "mixture", "nlsr"), default="all")
     parser.add_argument("--work", type=Path, help="folder for the temporary files (about 5 x the size)")
+    parser.add_argument("--mergekit", help="a Python that has mergekit, to be measured beside")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -397,13 +490,16 @@ def main() -> None:
         print(json.dumps(CHILDREN[options.child[0]](*json.loads(options.child[1]))))
         return
     found: dict[str, dict[str, object]] = {}
-    for job in ("interpolate", "nlsr"):
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors", file=sys.stderr)
+    for job in ("interpolate", "mixture", "nlsr"):
         if options.job in ("all", job):
             with tempfile.TemporaryDirectory(dir=options.work, prefix="resafe-bench-") as work:
-                if job == "interpolate":
-                    found[job] = bench_interpolate(Path(work), options.size_gb, options.pairs)
-                else:
+                if job == "nlsr":
                     found[job] = bench_nlsr(Path(work), options.pairs)
+                else:
+                    found[job] = bench_interpolate(
+                        Path(work), options.size_gb, options.pairs, job == "mixture", options.mergekit
+                    )
     print(json.dumps(found, indent=2) if options.json else table(found))
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from resafe.errors import UserError
 from resafe.repairing.base import Kind, Plan, Target, Unit
-from resafe.repairing.engine import Edit
+from resafe.repairing.engine import Edit, differing
 from resafe.repairing.output import output_kind
 from resafe.repairing.space import DenseSpace, FactorSpace, RowSpace
 from resafe.weights.adapter import WEIGHTS, Adapter, open_model
@@ -354,3 +354,18 @@ def test_every_supported_family(tmp_path: Path, family: str) -> None:
     tuned, aligned, out = (load_file(tmp_path / n / "model.safetensors") for n in ("tuned", "aligned", "out"))
     for name in out:
         assert torch.equal(out[name], aligned[name] if name in edit.units else tuned[name])
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_differing_entries_are_counted_as_numbers(kind: torch.dtype) -> None:
+    """Over block borders, and with zeros of either sign, which are equal."""
+    one = torch.randn(600_000, generator=torch.Generator().manual_seed(0)).to(kind)
+    other = one.clone()
+    other[::7] += 1
+    one[:100], other[:100] = 0.0, -0.0
+    one[300_000], other[300_000] = -0.0, 1.0
+    one[599_999], other[599_999] = 3.0, -3.0
+    assert differing(one, other) == int((one != other).sum()) > 80_000
+    assert differing(one[100:250_000], other[100:250_000]) == int((one != other)[100:250_000].sum())
+    assert differing(one, one) == 0
+    assert differing(one[:0], other[:0]) == 0

@@ -233,8 +233,8 @@ class ShareCounter:
 def differing(one: Tensor, other: Tensor) -> int:
     """Count the entries in which two tensors of one shape and type differ.
 
-    Compared as integers, a block at a time: one pass through the cache instead of masks of the whole
-    size. Where only the sign differs it may be that of a zero, and zeros are equal: that block is
+    Compared as integers, a block at a time: one pass through the cache instead of masks of the whole size.
+    A block that holds the lowest integer holds a negative zero, which equals the positive one: such a block is
     compared as numbers.
     """
     if one.dtype.itemsize not in _INTEGER or one.dtype != other.dtype:
@@ -246,11 +246,10 @@ def differing(one: Tensor, other: Tensor) -> int:
     count = 0
     for start in range(0, len(mine), _BLOCK):
         block = slice(start, start + _BLOCK)
-        bits = np.bitwise_xor(mine[block], theirs[block])
-        if bits.size and bits.min() == lowest:
+        if lowest in (mine[block].min(), theirs[block].min()):
             count += int((one[block] != other[block]).sum())
         else:
-            count += int(np.count_nonzero(bits))
+            count += int(np.count_nonzero(mine[block] != theirs[block]))
     return count
 
 
