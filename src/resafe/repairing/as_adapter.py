@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resafe.errors import UserError
 from resafe.repairing.engine import Edit, ShareCounter
+from resafe.repairing.space import DenseSpace
 from resafe.weights.adapter import PREFIX, Adapter, Factors
 from resafe.weights.lowrank import left_singular, rounding
 from resafe.weights.shard import read
@@ -95,7 +96,9 @@ def _of(edit: Edit, name: str, strength: float, counter: ShareCounter) -> Factor
     new = edit.tensors(name, strength, counter)[name]
     if not counter.changed[name]:
         return None
-    if name not in edit.space.matrices() or new.dim() != 2:
+    assert isinstance(edit.space, DenseSpace)
+    matrix = edit.space.catalogue.matrices.get(name)
+    if matrix is None or not matrix.whole:  # a norm, an embedding, experts in one tensor, a turned matrix
         raise UserError(
             f"{edit.method.name} also changes {name}, which an adapter's factors cannot hold; use --format merged"
         )
