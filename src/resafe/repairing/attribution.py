@@ -250,9 +250,10 @@ class Attribution(Repair):
         )
 
     def edit(self, unit: Unit, plan: Plan, statistics: object) -> dict[str, Target]:
-        """Aim at the aligned tensor where the mask is."""
+        """Aim at the aligned tensor where the mask is; a chosen matrix is reset as a whole."""
         assert isinstance(statistics, Chosen)
-        return {unit.key: Target(unit.aligned[unit.key], self.mask(unit.name, statistics.masks))}
+        mask = None if self.unit == "module" else self.mask(unit.name, statistics.masks)
+        return {unit.key: Target(unit.aligned[unit.key], mask)}
 
     def _given(self, neurons: NeuronSet, model: str, names: Sequence[str]) -> Mapping[str, Tensor]:
         site = _SITES.get(self.unit)
