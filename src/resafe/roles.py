@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from resafe.errors import UserError
-from resafe.model.stored import EMBEDDINGS, aliases, refuse_packed
+from resafe.model.stored import EMBEDDINGS, StoredMatrix, aliases, catalogue, refuse_packed
 from resafe.repairing.base import Model
-from resafe.repairing.space import block_matrices
+from resafe.repairing.space import matrix_of
 from resafe.weights.adapter import Adapter, open_model
 from resafe.weights.checkpoint import Checkpoint, fingerprint
 from resafe.weights.shard import read_rows
@@ -187,11 +187,11 @@ def check_parent(tuned: Model, aligned: Model) -> None:
         return  # one base, checked by identity
     if isinstance(tuned, Adapter) and tuned.base.folder.resolve() == aligned.folder.resolve():
         return
-    names = block_matrices(tuned)
-    picked = names[:: max(1, len(names) // _SAMPLED)]
+    matrices = tuple(catalogue(tuned).matrices.values())
+    picked = matrices[:: max(1, len(matrices) // _SAMPLED)]
     sums = torch.zeros(3, dtype=torch.float64)
-    for name in picked:
-        a, b = (_flat(model, name) for model in (tuned, aligned))
+    for matrix in picked:
+        a, b = (_flat(model, matrix) for model in (tuned, aligned))
         sums += torch.stack([a @ b, a @ a, b @ b])
     likeness = float(sums[0] / (sums[1] * sums[2]).sqrt().clamp(min=1e-300))
     if not likeness >= PARENT:
@@ -201,10 +201,13 @@ def check_parent(tuned: Model, aligned: Model) -> None:
         )
 
 
-def _flat(model: Model, name: str) -> Tensor:
-    shape = model.info(name).shape
+def _flat(model: Model, matrix: StoredMatrix) -> Tensor:
+    name, shape = matrix.tensor, model.info(matrix.tensor).shape
     rows = min(shape[0], max(1, _ENTRIES // shape[1]))
-    tensor = model.tensor(name)[:rows] if isinstance(model, Adapter) else read_rows(model.info(name), 0, rows)
+    if matrix.whole and not isinstance(model, Adapter):
+        tensor = read_rows(model.info(name), 0, rows)
+    else:
+        tensor = matrix_of(model, matrix)[:rows]
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(
             f"{name} in {model.folder} holds NaN or infinity; use a checkpoint from before the training diverged"

@@ -19,6 +19,7 @@ from resafe.model.load import load
 from resafe.model.stored import InMemory, catalogue
 from resafe.repairing import antidote, asft, lox, lssf, resta, safedelta, safelora, safemerge, safepatching  # noqa: F401
 from resafe.repairing.space import DenseSpace
+from resafe.report.page import coverage_text
 from resafe.roles import assign
 from resafe.weights.adapter import open_model
 from resafe.weights.checkpoint import Checkpoint
@@ -80,6 +81,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_every_matrix_is_counted_and_is_where_it_says(family: Path) -> None:
     """What memory holds under a matrix's name is what the file holds."""
+    assign(family / "tuned", family / "aligned", family / "base")
     view = Checkpoint.open(family / "tuned")
     known = catalogue(view)
     if KINDS[family.name]:
@@ -112,6 +114,7 @@ def test_a_repair_in_memory_is_the_repair_on_disk(family: Path, tmp_path: Path, 
     experts = catalogue(work.tuned).experts
     assert coverage.get("expert_matrices_of", 0) == len(experts)
     assert method in CHOOSY or coverage.get("expert_matrices", 0) == len(experts)
+    assert (f" of {len(experts)} of experts" in coverage_text(coverage)) is bool(experts)
 
 
 def test_the_experts_inputs_are_their_own(family: Path) -> None:

@@ -49,6 +49,8 @@ def coverage_text(coverage: Mapping[str, object]) -> str:
         f"{coverage['matrices']}/{coverage['matrices_of']} matrices",
         f"{coverage['edited_matrices']} edited",
     ]
+    if "expert_matrices" in coverage:
+        parts.append(f"{coverage['expert_matrices']} of {coverage['expert_matrices_of']} of experts")
     if "neurons" in coverage:
         parts.append(f"{coverage['neurons']:,} of {coverage['neurons_of']:,} neurons")
     return ", ".join([*parts, f"space: {coverage['space']}"])
