@@ -215,14 +215,23 @@ def measure_held_out(
 
 
 def control_edits(pick: Trial, job: Job) -> list[tuple[str, Edit, float]]:
-    """Return the controls of a trial: random neurons and a reset on its masks, interpolation at its share."""
+    """Return the controls of a trial: a random choice and a reset at its place, interpolation at its share.
+
+    Where a method chooses whole matrices, so does its random control; where it takes all of them, there is
+    no choice to control.
+    """
     edits: list[tuple[str, Edit, float]] = []
     edit = pick.edit
     if edit.method.badge is not Badge.CONTROL:
         settings = ";".join(f"{key}={value}" for key, value in edit.parameters.items())
         like = {"like": edit.method.name, "settings": settings}
-        for name in ("random", "reset"):
-            control = plan_edit(get(name, "repair"), like, job, statistics=edit.statistics)
+        wanted = {"reset": like}
+        if edit.masked:
+            wanted = {"random": like, **wanted}
+        elif len(edit.plan.units) < len(edit.units):
+            wanted = {"random": {**like, "what": "matrices"}, **wanted}
+        for name, imitation in wanted.items():
+            control = plan_edit(get(name, "repair"), imitation, job, statistics=edit.statistics)
             edits.append((name, control, pick.strength))
     if edit.method.name != "interpolate":
         share = min(1.0, pick.share.targeted)

@@ -146,6 +146,8 @@ class RandomNeurons(_Imitation):
         like: the method whose masks are shuffled within each tensor; without one, ``share`` of the
             neurons of every matrix is reset to the aligned weights.
         settings: that method's parameters, as ``key=value;key=value``.
+        what: of the imitated method other ``neurons`` are drawn, or as many other ``matrices`` where it chooses
+            whole ones.
         share: without ``like``: share of neurons per matrix.
         neuron: without ``like``: rows of the matrix, or single entries.
         layers: without ``like``: the layers to draw from, as ``4-7`` or ``50%-100%`` (default: all).
@@ -154,6 +156,7 @@ class RandomNeurons(_Imitation):
 
     like: str | None = None
     settings: str = ""
+    what: Literal["neurons", "matrices"] = "neurons"
     share: float = 0.1
     neuron: Literal["row", "entry"] = "row"
     layers: str | None = None
@@ -163,7 +166,8 @@ class RandomNeurons(_Imitation):
         """Choose the imitated method's matrices, or those of the given layers."""
         model = self._imitated()
         if model is not None:
-            return replace(model.decide(measured, statistics), neurons=None)
+            plan = replace(model.decide(measured, statistics), neurons=None)
+            return plan if self.what == "neurons" else self._elsewhere(plan, list(measured))
         if not 0.0 < self.share <= 1.0:
             raise UserError(f"random: share must be above 0 and at most 1, not {self.share:g}")
         return Plan(in_band(measured, self.layers))
@@ -174,11 +178,20 @@ class RandomNeurons(_Imitation):
         if model is None:
             return {k: Target(v, self._draw(k, v)) for k, v in unit.aligned.items()}
         targets = model.edit(unit, plan, statistics)
+        if self.what == "matrices":
+            return targets
         if all(target.mask is None for target in targets.values()):
             raise UserError(
-                f"{self.like} edits whole matrices and chooses no neurons; there is nothing to shuffle"
+                f"{self.like} edits whole matrices and chooses no neurons; draw others with -p what=matrices"
             )
         return {key: self._shuffle(key, target) for key, target in targets.items()}
+
+    def _elsewhere(self, plan: Plan, names: list[str]) -> Plan:
+        """Return the plan for as many matrices, drawn at random."""
+        if len(plan.units) == len(names):
+            raise UserError(f"{self.like} edits every matrix; there are no others to draw")
+        drawn = shuffled(torch.arange(len(names)) < len(plan.units), self.seed, "matrices")
+        return replace(plan, units=frozenset(n for n, chosen in zip(names, drawn, strict=True) if chosen))
 
     def _draw(self, key: str, value: Tensor) -> Tensor:
         shape = (value.shape[0], 1) if self.neuron == "row" else tuple(value.shape)

@@ -87,6 +87,12 @@ class Edit:
         return found
 
     @property
+    def masked(self) -> bool:
+        """Whether neurons are chosen inside the matrices, and not whole matrices."""
+        first = next(name for name in self.units if name in self.plan.units)
+        return any(target.mask is not None for target in self._targets(first)[1].values())
+
+    @property
     def chosen(self) -> tuple[str, ...]:
         """Names of the tensors that the plan edits: of the matrices, or of the tensors that hold them."""
         if not isinstance(self.space, DenseSpace):
