@@ -214,7 +214,9 @@ def test_an_output_that_holds_something(command: Command, root: Path) -> None:
 
 def test_a_format_that_cannot_be(command: Command, root: Path) -> None:
     whole = ("--method", "interpolate", "--strength", "0.5")
-    check(command, root, "use --format merged", "tuned", "--aligned", "aligned", *whole, "--format", "adapter")
+    check(
+        command, root, "use --format merged", "tuned", "--aligned", "aligned", *whole, "--format", "adapter"
+    )
     adapter = ("continued", "--aligned", "aligned", *RESET, "--format", "patch")
     check(command, root, "no patch leads to it", *adapter)
 
