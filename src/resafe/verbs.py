@@ -102,7 +102,7 @@ def repair(
         task: file of the user's task, with responses.
         neurons: neuron set found earlier, to be reused.
         out: folder to write; default: the tuned model's name with ``-repaired`` in the working folder.
-        format: ``same`` as the input, ``merged`` or ``adapter``.
+        format: ``same`` as the input, ``merged``, ``adapter`` or ``patch``.
         dry_run: measure and decide, but write nothing.
         bounds: what the repair may cost.
         choose: take this place of the Pareto front, which a dry run prints, instead of the best.
