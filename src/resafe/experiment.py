@@ -100,6 +100,7 @@ def begin(
         seed,
         wanted == "merged",
         lambda sentence: notes.append(sentence) if sentence not in notes else None,
+        task=prompts.locate.task,
     )
     return Experiment(roles, prompts, job, bounds, progress, notes)
 

@@ -326,16 +326,19 @@ def _workplace(work: Path | None) -> Iterator[Path]:
 
 
 def settings(methods: Sequence[Method], parameters: Mapping[str, object]) -> list[Setting]:
-    """Make the methods with their parameters.
+    """Make the methods with their parameters; of several, ``unit`` goes to those that have it.
 
     Raises:
-        UserError: a parameter is unknown or does not fit; several methods were given parameters.
+        UserError: a parameter is unknown or does not fit; several methods were given others than ``unit``.
     """
-    if parameters and len(methods) > 1:
-        raise UserError("parameters belong to one method; name one with --method")
+    several = len(methods) > 1
+    if several and set(parameters) - {"unit"}:
+        raise UserError(
+            "parameters belong to one method; name one with --method (only unit=neuron may be given to several)"
+        )
     made = []
     for method in methods:
-        locate = method.make(parameters)
+        locate = method.make({} if several and "unit" not in method.parameters() else parameters)
         assert isinstance(locate, Locate)
         made.append(Setting(method, locate))
     return made

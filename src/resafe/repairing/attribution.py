@@ -166,9 +166,10 @@ class Attribution(Repair):
 
     def _kept(self, job: Job, tuned: LoadedModel) -> list[Text]:
         """Return answers to keep: to harmless prompts, and to the task's."""
-        wanted = [] if self.task is None else read_prompts(Path(self.task))
+        wanted = list(job.task) if self.task is None else read_prompts(Path(self.task))
         if any(prompt.response is None for prompt in wanted):
-            raise UserError(f"{self.task} holds a prompt without a response; give every one the wanted one")
+            source = self.task or "the task's file"
+            raise UserError(f"{source} holds a prompt without a response; give every one the wanted one")
         kept = _answered(tuned, job.benign, "benign", job)
         return kept + (_answered(tuned, wanted, "task", job) if wanted else [])
 

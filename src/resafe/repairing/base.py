@@ -108,6 +108,7 @@ class Job:
         dense_output: whether the result is to be a dense checkpoint.
         note: receives sentences that the user should see.
         passes: what passes over the prompts found, kept for the next setting of the same method.
+        task: prompts of the user's task, with responses, for methods that are to spare it (none that choose or report).
     """
 
     tuned: Model
@@ -121,6 +122,7 @@ class Job:
     dense_output: bool = False
     note: Callable[[str], None] = field(default=lambda sentence: None)
     passes: dict[object, object] = field(default_factory=dict)
+    task: Sequence[Prompt] = ()
 
     def reference(self) -> Model:
         """Return the reference.
