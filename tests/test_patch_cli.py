@@ -149,6 +149,7 @@ def test_killed_at_random_moments(root: Path, tmp_path: Path) -> None:
         found = contents(tuned)
         assert found in (start, goal)
         halves[found == goal] += 1
+        seconds *= 0.9 if found == goal else 1.05  # where a busy machine makes it slower, wait longer
         verb(tmp_path / "patch", tuned)
         assert contents(tuned) == goal
         assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
