@@ -193,12 +193,15 @@ def locate(
 @app.command()
 def compare(
     tuned: Tuned,
+    method: Annotated[str, typer.Option(help="all, or some methods with commas between.")] = "all",
     aligned: Aligned = None,
     base: Base = None,
     harmful: Harmful = None,
     benign: Benign = None,
     task: Task = None,
-    out: Annotated[Path | None, typer.Option(help="Write the table there as an HTML page.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the table there, as an HTML page or as Markdown (.md).")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -210,6 +213,7 @@ def compare(
     with screen:
         result = verbs.compare(
             tuned,
+            method=method,
             aligned=aligned,
             base=base,
             harmful=harmful,

@@ -19,7 +19,15 @@ from resafe.locate_verb import LocateResult
 from resafe.neuron_verbs import Combined, Comparison, Matrix, Shown
 from resafe.patch_verbs import Patched
 from resafe.registry import Method
-from resafe.report.page import compare_page, compare_rows, coverage_text, percent, settings_text, share_text
+from resafe.report.page import (
+    compare_markdown,
+    compare_page,
+    compare_rows,
+    coverage_text,
+    percent,
+    settings_text,
+    share_text,
+)
 from resafe.results import CompareResult, RepairResult
 
 _WIDTH = 220  # columns of the widest table
@@ -146,7 +154,8 @@ class Screen:
         """Print a comparison, and write its page where wanted."""
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(compare_page(result), encoding="utf-8")
+            made = compare_markdown(result) if out.suffix == ".md" else compare_page(result)
+            out.write_text(made, encoding="utf-8")
         if self._as_json:
             self.json(result.to_dict())
             return

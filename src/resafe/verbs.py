@@ -295,6 +295,7 @@ def job_key(inputs: Mapping[str, Model], identity: Mapping[str, object]) -> str:
 def compare(
     tuned: str | Path,
     *,
+    method: str = "all",
     aligned: str | Path | None = None,
     base: str | Path | None = None,
     harmful: str | Path | None = None,
@@ -311,6 +312,7 @@ def compare(
 
     Args:
         tuned: the fine-tuned model.
+        method: ``all``, or the names of some methods and controls with commas between.
         aligned: the model it was tuned from.
         base: the pre-trained model before alignment.
         harmful: file of harmful prompts.
@@ -323,20 +325,23 @@ def compare(
     Raises:
         UserError: an input cannot be used, or there are no prompts.
     """
+    known = methods("repair")
+    named = [n for n in known if known[n].variants] if method == "all" else method.split(",")
+    chosen = [get(name, "repair") for name in named if name]
     files = {"harmful": harmful, "benign": benign, "task": task}
     run = begin(tuned, aligned, base, files, None, "merged", seed, bounds or Bounds(), progress)
     run = replace(run, job=replace(run.job, dense_output=False))
     if not run.prompts.can_measure:
         raise UserError("comparing needs prompts: give --harmful and --benign (and --task)")
     with threads_for(run.roles.tuned):
-        return _compared(run)
+        return _compared(run, chosen)
 
 
-def _compared(run: Experiment) -> CompareResult:
+def _compared(run: Experiment, chosen: list[Method]) -> CompareResult:
     trial_model, baselines = measure_baselines(run)
     held = held_out_baselines(run, trial_model)
     rows = []
-    for method in (m for m in methods("repair").values() if m.variants):
+    for method in chosen:
         trials = _tried_or_none(run, trial_model, method, baselines)
         if trials:
             rows.append(reported(run, trial_model, trials, baselines, held)[0])

@@ -10,7 +10,7 @@ import pytest
 from resafe.evaluate.measure import Answers, Measurement
 from resafe.evaluate.stats import wilson
 from resafe.repairing.engine import EditedShare
-from resafe.report.page import compare_page, page
+from resafe.report.page import compare_markdown, compare_page, page
 from resafe.results import CompareResult, Outcome, RepairResult
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -122,3 +122,10 @@ def test_nothing_to_repair_needs_no_method() -> None:
     text = page(nothing)
     assert "nothing to repair" in text
     assert not re.search(r"<dt>method</dt>", text)
+
+
+def test_a_comparison_as_markdown_has_every_row_with_its_intervals() -> None:
+    lines = compare_markdown(compared()).splitlines()
+    assert {line.count(" | ") for line in lines[:1] + lines[2:]} == {7}
+    assert lines[2].startswith("| reference | 0.0 % [0.0, ")
+    assert any(line.startswith("|   ↳ ") for line in lines)

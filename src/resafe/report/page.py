@@ -93,6 +93,19 @@ def compare_page(result: CompareResult) -> str:
     return _environment().get_template("compare.html.j2").render(result=result, rows=compare_rows(result))
 
 
+def compare_markdown(result: CompareResult) -> str:
+    """Return the same table as Markdown."""
+    head = ("", "harmful", "over-refusal", "incoherent", "task", "ability", "damage", "edited")
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for row in compare_rows(result):
+        m = row.found
+        rates = (m.harmful_rate, m.over_refusal, m.incoherent_rate, m.task_score, m.ability)
+        moved = "–" if row.damage is None else f"{row.damage:.4f}"
+        cells = [row.label.replace("|", "\\|"), *map(percent, rates), moved, share_text(row.share)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def compare_rows(result: CompareResult) -> Sequence[Row]:
     """Return the lines of a comparison: reference, tuned, then each method with its controls below it."""
     rows = [Row("reference", result.reference), Row("tuned", result.tuned)]
