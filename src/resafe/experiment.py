@@ -19,6 +19,7 @@ from resafe.protocol import Protocol, protocol
 from resafe.race import front, race
 from resafe.registry import Badge, Method, get
 from resafe.repairing.base import Job, Model
+from resafe.repairing.controls import NoOthers
 from resafe.repairing.engine import Edit, plan_edit
 from resafe.repairing.output import Format
 from resafe.results import Outcome, RepairResult, TriedPoint
@@ -232,7 +233,11 @@ def control_edits(pick: Trial, job: Job) -> list[tuple[str, Edit, float]]:
         elif len(edit.plan.units) < len(edit.units):
             wanted = {"random": {**like, "what": "matrices"}, **wanted}
         for name, imitation in wanted.items():
-            control = plan_edit(get(name, "repair"), imitation, job, statistics=edit.statistics)
+            try:
+                control = plan_edit(get(name, "repair"), imitation, job, statistics=edit.statistics)
+            except NoOthers as error:
+                job.note(f"no random control: {error}")
+                continue
             edits.append((name, control, pick.strength))
     if edit.method.name != "interpolate":
         share = min(1.0, pick.share.targeted)

@@ -47,6 +47,10 @@ class Interpolate(Repair):
         return {key: Target(tensor, None) for key, tensor in unit.aligned.items()}
 
 
+class NoOthers(UserError):
+    """A method chose all there is, so that no random choice can stand beside it."""
+
+
 class _Imitation(Repair):
     """A control of another method: the same units, its masks or its values replaced."""
 
@@ -189,7 +193,7 @@ class RandomNeurons(_Imitation):
     def _elsewhere(self, plan: Plan, names: list[str]) -> Plan:
         """Return the plan for as many matrices, drawn at random."""
         if len(plan.units) == len(names):
-            raise UserError(f"{self.like} edits every matrix; there are no others to draw")
+            raise NoOthers(f"{self.like} edits every matrix; there are no others to draw")
         drawn = shuffled(torch.arange(len(names)) < len(plan.units), self.seed, "matrices")
         return replace(plan, units=frozenset(n for n, chosen in zip(names, drawn, strict=True) if chosen))
 
