@@ -16,9 +16,10 @@ from resafe.model.load import load
 from resafe.organism import path, prompts
 from resafe.protocol import protocol
 from resafe.race import FINALISTS, Runner, finalists, front, hopeless, next_strength
+from resafe.repairing.calibrate import own_harmful
 from resafe.repairing.engine import EditedShare
 from resafe.results import Outcome
-from resafe.robustness import harmful_answers, probe
+from resafe.robustness import TRAINED, probe
 from resafe.search import Baselines, Bounds, Trial
 from resafe.weights.adapter import open_model
 from tests.conftest import Ended
@@ -148,7 +149,7 @@ def test_a_probe_leaves_the_model_as_it_was() -> None:
     plan = protocol(open_model(model).config)
     loaded = load(model)
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    answers = harmful_answers(load(path("tuned-full")), plan.locate.harmful, plan.judge)
+    answers = own_harmful(load(path("tuned-full")), plan.locate.harmful[:TRAINED], plan.judge)
     assert len(answers) > 20
     found = probe(loaded, plan.locate, plan.report, answers, plan.judge)
     assert found.intact is not None

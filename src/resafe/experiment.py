@@ -19,11 +19,12 @@ from resafe.protocol import Protocol, protocol
 from resafe.race import front, race
 from resafe.registry import Badge, Method, get
 from resafe.repairing.base import Job, Model
+from resafe.repairing.calibrate import own_harmful
 from resafe.repairing.controls import NoOthers
 from resafe.repairing.engine import Edit, plan_edit
 from resafe.repairing.output import Format
 from resafe.results import Outcome, RepairResult, TriedPoint
-from resafe.robustness import Robustness, harmful_answers, probe
+from resafe.robustness import TRAINED, Robustness, probe
 from resafe.roles import Roles, assign
 from resafe.search import Bounds, Trial, best, try_methods
 from resafe.weights.adapter import Adapter
@@ -304,7 +305,7 @@ def reported(
 def probe_both(run: Experiment, trial_model: TrialModel, pick: Trial) -> dict[str, Robustness]:
     """Probe the repaired model and the reference alike."""
     prompts, judge = run.prompts, run.prompts.judge
-    answers = harmful_answers(trial_model.loaded, prompts.locate.harmful, judge)
+    answers = own_harmful(trial_model.loaded, prompts.locate.harmful[:TRAINED], judge)
     with trial_model.edited(pick.edit, pick.strength):
         repaired = probe(trial_model.loaded, prompts.locate, prompts.report, answers, judge)
     reference = load(run.job.reference().folder, merge=True)

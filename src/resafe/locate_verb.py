@@ -119,41 +119,56 @@ def locate(
     prompts, judge = for_locating(opened.config, harmful, benign)
     notes: list[str] = []
     with threads_for(opened):
-        loaded, other = (
-            None if one is None else load(one, merge=True, device=device, four_bit=four_bit)
-            for one in (opened.folder, reference)
-        )
-        assert loaded is not None
+        bench = _bench(opened.folder, reference, device, four_bit)
         if method == "all":
-            made = _able(made, other, bool(prompts.harmful), bool(prompts.benign), notes)
-        bench = Bench.of(loaded, other)
-        notes += _remarks(loaded)
-        work = None if out is None else Path(out).with_name(f"{Path(out).name}.partial")
+            made = _able(made, bench.reference, bool(prompts.harmful), bool(prompts.benign), notes)
         request = Request(
-            bench,
-            made,
-            prompts.harmful,
-            prompts.benign,
-            judge,
-            fingerprint(opened.files),
-            top,
-            resamples,
-            seed,
-            batch_size,
-            new_tokens,
-            method == "all",
-            work,
-            notes.append,
-            progress or (lambda step, done, total: None),
+            bench=bench,
+            settings=made,
+            harmful=prompts.harmful,
+            benign=prompts.benign,
+            judge=judge,
+            model=fingerprint(opened.files),
+            top=top,
+            resamples=resamples,
+            seed=seed,
+            batch_size=batch_size,
+            new_tokens=new_tokens,
+            lenient=method == "all",
+            work=None if out is None else Path(out).with_name(f"{Path(out).name}.partial"),
+            note=notes.append,
+            progress=progress or (lambda step, done, total: None),
         )
-        found = locate_all(request)
-    files = _write(found, Path(out)) if out is not None and speaks() else ()
-    if work is not None and speaks():
-        shutil.rmtree(work)
+        found, files = _found(request, out)
+    notes += _remarks(bench.loaded)
     counts = {"harmful": len(prompts.harmful), "benign": len(prompts.benign)}
     return LocateResult(
-        str(model), tuple(found), bench.layout.coverage.to_dict(), counts, tuple(dict.fromkeys(notes)), files
+        str(model), found, bench.layout.coverage.to_dict(), counts, tuple(dict.fromkeys(notes)), files
     )
+
+
+def _bench(model: Path, reference: str | Path | None, device: str, four_bit: bool) -> Bench:
+    """Load the models."""
+    loaded = load(model, merge=True, device=device, four_bit=four_bit)
+    other = None if reference is None else load(reference, merge=True, device=device, four_bit=four_bit)
+    return Bench.of(loaded, other)
+
+
+def _found(request: Request, out: str | Path | None) -> tuple[tuple[Located, ...], tuple[Path, ...]]:
+    """Run the methods and write what they found; unfinished work is kept unless the input was wrong."""
+    try:
+        found = tuple(locate_all(request))
+        files = _write(found, Path(out)) if out is not None and speaks() else ()
+    except UserError:
+        _clear(request.work)
+        raise
+    _clear(request.work)
+    return found, files
+
+
+def _clear(work: Path | None) -> None:
+    if work is not None and work.exists() and speaks():
+        shutil.rmtree(work)
 
 
 def speaks() -> bool:
@@ -188,7 +203,8 @@ def _write(found: Sequence[Located], out: Path) -> tuple[Path, ...]:
     """Write sets and scores; the scores of one go beside it."""
     files = []
     for one in found:
-        stem = out.with_suffix("") if len(found) == 1 else out / one.method.name
+        single = out.with_suffix("") if out.suffix == ".safetensors" else out
+        stem = single if len(found) == 1 else out / one.method.name
         stem.parent.mkdir(parents=True, exist_ok=True)
         if one.neurons is not None:
             files.append(stem.with_name(f"{stem.name}.safetensors"))

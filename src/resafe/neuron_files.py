@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     data = _ordered(save(dict(tensors), metadata=dict(metadata)))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
+        half = file.with_name(f".{file.name}.partial")
+        half.write_bytes(data)
+        os.replace(half, file)  # whole or not at all
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror}); choose another place") from error
 

@@ -69,15 +69,15 @@ def race(
     for done, (method, settings) in enumerate(plan):
         if progress:
             progress("repair", done, len(plan) + FINALISTS)
-        try:
-            edit = plan_edit(method, settings, job)
-        except UserError as error:
-            job.note(f"{method.name} {settings or ''} stepped aside: {error}")
-            continue
         if trial_model.evaluations - start > BUDGET - FINALISTS:
             job.note(
                 f"{method.name} {settings or ''} was not looked at: the search has a budget of {BUDGET:g}"
             )
+            continue
+        try:
+            edit = plan_edit(method, settings, job)
+        except UserError as error:
+            job.note(f"{method.name} {settings or ''} stepped aside: {error}")
             continue
         strength = max(edit.repair.strengths(method.strengths))
         runners.append(_look(trial_model, method, edit, strength, prompts, baselines, bounds))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from resafe.evaluate.judge import Judge, Verdict
+from resafe.evaluate.judge import Judge
 from resafe.evaluate.measure import PromptSets, measure
 from resafe.evaluate.prompts import Prompt
 from resafe.evaluate.stats import Rate
@@ -56,14 +56,6 @@ class Robustness:
         """Return the rates as JSON."""
         rates = {"intact": self.intact, "tuned": self.tuned, "silenced": self.silenced}
         return {name: None if rate is None else rate.to_dict() for name, rate in rates.items()}
-
-
-def harmful_answers(broken: LoadedModel, prompts: Sequence[Prompt], judge: Judge) -> list[tuple[Prompt, str]]:
-    """Return a broken model's answers to harmful prompts, where it answers them."""
-    asked = tuple(prompts[:TRAINED])
-    answers = measure(broken, PromptSets(asked), judge).answers.harmful
-    rows = zip(asked, answers.texts, answers.verdicts, strict=True)
-    return [(prompt, text) for prompt, text, verdict in rows if verdict is Verdict.ANSWERED]
 
 
 def probe(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resafe.locating.observe import Batch, Bench, Entry, Observer, State
 from resafe.model.load import LoadedModel
@@ -64,6 +65,30 @@ def log_probabilities(loaded: LoadedModel, batch: Batch) -> list[Tensor]:
         predicted = logits[row, start - 1 - first : end - 1 - first].float().log_softmax(-1)
         found.append(predicted.gather(-1, said)[:, 0])
     return found
+
+
+@contextmanager
+def taken(takers: Mapping[nn.Parameter, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Hand each parameter's gradient over as soon as it is whole, and let go of it."""
+    before = {parameter: parameter.requires_grad for parameter in takers}
+
+    def whole(parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        takers[parameter](parameter.grad)
+        parameter.grad = None
+
+    handles = []
+    try:
+        for parameter in takers:
+            parameter.requires_grad_(True)
+            handles.append(parameter.register_post_accumulate_grad_hook(whole))  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
 
 
 def added(entries: Sequence[Entry]) -> Entry:

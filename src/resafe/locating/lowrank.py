@@ -177,7 +177,7 @@ def maps(layout: Layout, unit: Unit) -> list[Map]:
         return [
             Map(
                 linear.name,
-                Matrix(linear.name, None, linear.module, "weight", 0, slice(None), inputs=False),
+                linear.matrix,
                 None,
                 Source(f"{block.name}.{READS.get(path, path)}.weight"),
             )

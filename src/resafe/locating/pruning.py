@@ -16,8 +16,7 @@ sum over its row of gate, its row of up and its column of down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from resafe.errors import UserError
 from resafe.locating.base import Found, Locate, Values, check_share
-from resafe.locating.gradients import Answers, added, answered, log_probabilities, pieces
+from resafe.locating.gradients import Answers, added, answered, log_probabilities, pieces, taken
 from resafe.locating.observe import Batch, Bench, Entry, Moments, Observer, State
 from resafe.model.layout import BlockLinear
 from resafe.model.parts import FeedForward, Matrix, held
@@ -61,7 +60,7 @@ class Gradients(Observer):
 
     def run(self, state: State, bench: Bench, batch: Batch) -> None:
         """Run one backward pass for each text of a batch that holds a response."""
-        with torch.enable_grad(), _taken(self._takers(state, bench, batch.group)):
+        with torch.enable_grad(), taken(self._takers(state, bench, batch.group)):
             for text in pieces(batch, answered(batch), 1):
                 (said,) = log_probabilities(bench.loaded, text)
                 (-said.mean()).backward()  # type: ignore[no-untyped-call]
@@ -105,30 +104,6 @@ def _add_entries(sums: Tensor, gradient: Tensor) -> None:
 def _add_neurons(shares: Sequence[tuple[Matrix, Tensor]], gradient: Tensor) -> None:
     for matrix, sums in shares:
         sums += (matrix.vectors() * matrix.vectors(gradient)).abs().sum(-1).cpu()
-
-
-@contextmanager
-def _taken(takers: Mapping[nn.Parameter, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Hand each parameter's gradient over as soon as it is whole, and let go of it."""
-    before = {parameter: parameter.requires_grad for parameter in takers}
-
-    def take(parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
-        assert parameter.grad is not None
-        takers[parameter](parameter.grad)
-        parameter.grad = None
-
-    handles = []
-    try:
-        for parameter in takers:
-            parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
 
 
 def observers_of(score: Score, unit: Unit) -> tuple[Observer, ...]:
@@ -191,8 +166,7 @@ def _norms(found: Found, observer: Moments, group: str, name: str) -> Tensor:
 
 def _weight(linear: BlockLinear) -> Tensor:
     """Return a weight with its adapter's change, float32 on the CPU, (out, in)."""
-    whole = Matrix(linear.name, None, linear.module, "weight", 0, slice(None), inputs=False)
-    return whole.tensor.float().cpu()
+    return linear.matrix.tensor.float().cpu()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from resafe.evaluate.prompts import Prompt
 from resafe.locating.base import Found, Locate
 from resafe.locating.observe import FOLDS, Bench, Folds, Text, deal, observe, place
 from resafe.locating.texts import NEW_TOKENS, build_texts, doubts, texts_hash
+from resafe.model.load import LoadedModel
 from resafe.neurons import NeuronScores, NeuronSet, Site
 from resafe.registry import Method
 
@@ -188,7 +189,7 @@ def _finished(request: Request, setting: Setting, folds: Folds, texts: Sequence[
         return None
 
 
-def _texts(request: Request, answer: object, *, judged: bool) -> list[Text]:
+def _texts(request: Request, answer: LoadedModel | None, *, judged: bool) -> list[Text]:
     texts: list[Text] = []
     for kind, prompts in (("harmful", request.harmful), ("benign", request.benign)):
         if prompts:
@@ -196,7 +197,7 @@ def _texts(request: Request, answer: object, *, judged: bool) -> list[Text]:
                 request.bench.loaded,
                 prompts,
                 kind,
-                answer=answer,  # type: ignore[arg-type]
+                answer=answer,
                 judge=request.judge if judged else None,
                 new_tokens=request.new_tokens,
                 progress=lambda done, total, kind=kind: request.progress(f"answer {kind}", done, total),  # type: ignore[misc]

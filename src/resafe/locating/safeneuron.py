@@ -7,7 +7,7 @@ https://arxiv.org/abs/2602.12158. Per layer and neuron, over one activation a pr
     D = mean_u - mean_s,  z = (D - mean_j D) / std_j D   activation shift, over the layer's neurons
     SN = {d > τ_ES}  ∪  {z > τ_SAS and D > 0}
 
-The tokens are pooled to one activation in a way the paper does not tell (A2 of our reading: the maximum).
+How the tokens are pooled to one activation the paper does not tell; ours is the maximum.
 Equation 7 compares d itself with τ_ES; the paper's algorithm box seems to compare its z-score (ambiguity A1).
 """
 

@@ -9,6 +9,7 @@ from itertools import zip_longest
 
 from resafe.errors import UserError
 from resafe.evaluate.judge import Judge, Verdict
+from resafe.evaluate.measure import new_tokens as fitting
 from resafe.evaluate.prompts import Prompt
 from resafe.locating.observe import Text, gather, place
 from resafe.model.chat import encode, encode_with_response, turn_end
@@ -40,7 +41,7 @@ def build_texts(
         kind: ``harmful`` or ``benign``.
         answer: the model that answers where prompts carry no response; None for prompts alone.
         judge: tells refusals; without one every answer counts.
-        new_tokens: the most tokens of an answer.
+        new_tokens: the most tokens of an answer; fewer where the model's context has no room for them.
         progress: called with (answered, total).
 
     Raises:
@@ -77,7 +78,8 @@ def _answers(
     rank, world = place()
     mine = prompts[rank::world]
     answered = []
-    for prompt, answer in zip(mine, generate(model, mine, new_tokens, progress=progress), strict=True):
+    most = fitting(model, prompts, new_tokens)
+    for prompt, answer in zip(mine, generate(model, mine, most, progress=progress), strict=True):
         refused = judge is None or judge.judge(prompt.prompt, answer.text) is Verdict.REFUSED
         tokens = list(answer.token_ids) + ([end] if answer.finished and end is not None else [])
         answered.append(tokens if refused or kind != "harmful" else [])

@@ -21,6 +21,7 @@ from resafe.model.parts import (
     NO_FEED_FORWARD,
     NO_PART,
     FeedForward,
+    Matrix,
     base,
     features,
     find_parts,
@@ -51,6 +52,11 @@ class BlockLinear:
     name: str
     module: nn.Module
     shape: tuple[int, int]
+
+    @property
+    def matrix(self) -> Matrix:
+        """The whole weight, its rows in the place of neurons; an adapter's change is in its tensor."""
+        return Matrix(self.name, None, self.module, "weight", 0, slice(None), inputs=False)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ matrices; of the aligned model and of T one matrix at a time, read from disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,11 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from resafe.errors import UserError
-from resafe.evaluate.measure import new_tokens
 from resafe.evaluate.prompts import Prompt, read_prompts
-from resafe.locating.gradients import answered, log_probabilities, pieces
+from resafe.locating.gradients import answered, log_probabilities, pieces, taken
 from resafe.locating.observe import Text, batches
-from resafe.locating.texts import NEW_TOKENS, build_texts
+from resafe.locating.texts import build_texts
 from resafe.model.layout import FEED_FORWARD, read_layout
 from resafe.model.load import LoadedModel, load
 from resafe.model.parts import FeedForward, Matrix, held
@@ -354,7 +352,10 @@ class Bench:
         for name in self.names:
             for parameter, view, into in self._held(name, sums[name]):
                 takers.setdefault(parameter, []).append(partial(_add, view, into, weight))
-        with torch.enable_grad(), _taken(takers):
+        with (
+            torch.enable_grad(),
+            taken({parameter: partial(_each, views) for parameter, views in takers.items()}),
+        ):
             for part in self.losses(group):
                 part.backward()  # type: ignore[no-untyped-call]
 
@@ -383,38 +384,18 @@ def _view(matrix: Matrix, piece: Piece, gradient: Tensor) -> Tensor:
     return mine if matrix.inputs else mine.T
 
 
+def _each(takers: Sequence[Callable[[Tensor], object]], gradient: Tensor) -> None:
+    for take in takers:
+        take(gradient)
+
+
 def _add(view: Callable[[Tensor], Tensor], into: Tensor, weight: float, gradient: Tensor) -> None:
     into.add_(view(gradient).float().cpu(), alpha=weight)
 
 
-@contextmanager
-def _taken(takers: Mapping[nn.Parameter, Sequence[Callable[[Tensor], object]]]) -> Iterator[None]:
-    """Hand each parameter's gradient over and let go of it, before the next one's is computed."""
-
-    def taken(parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
-        assert parameter.grad is not None
-        for take in takers[parameter]:
-            take(parameter.grad)
-        parameter.grad = None
-
-    handles = []
-    try:
-        for parameter in takers:
-            parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(taken))  # type: ignore[no-untyped-call]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in takers:
-            parameter.requires_grad_(False)
-
-
 def _answered(loaded: LoadedModel, prompts: Sequence[Prompt], kind: str, job: Job) -> list[Text]:
     """Return prompts with the responses they carry, or the model's own; of harmful ones only refusals count."""
-    most = new_tokens(loaded, prompts, NEW_TOKENS)
-    texts = build_texts(loaded, prompts, kind, answer=loaded, judge=job.judge, new_tokens=most)
+    texts = build_texts(loaded, prompts, kind, answer=loaded, judge=job.judge)
     return [text for text in texts if text.start < len(text.ids)]
 
 

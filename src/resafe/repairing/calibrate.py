@@ -13,40 +13,36 @@ from resafe.evaluate.judge import Judge, Verdict
 from resafe.evaluate.measure import new_tokens
 from resafe.evaluate.prompts import Prompt
 from resafe.locating.lowrank import Calibration, Source, accumulate
+from resafe.locating.texts import NEW_TOKENS, build_texts
 from resafe.model.chat import encode, encode_with_response
 from resafe.model.generate import generate
 from resafe.model.load import LoadedModel
 from resafe.model.stored import Catalogue, InMemory
 
-_NEW_TOKENS = 64
 
-
-def with_responses(loaded: LoadedModel, prompts: Sequence[Prompt], judge: Judge | None) -> Calibration:
-    """Pair prompts with the responses they carry, or else with the model's own refusals.
+def with_responses(
+    loaded: LoadedModel, prompts: Sequence[Prompt], judge: Judge | None, kind: str = "harmful"
+) -> Calibration:
+    """Pair prompts with the responses they carry, or else with the model's own; of harmful ones with its refusals.
 
     Raises:
-        UserError: the model refuses none of the prompts, so that there is nothing to calibrate on.
+        UserError: only some prompts carry a response, there is no judge to tell refusals, or there are none.
     """
-    if all(prompt.response for prompt in prompts):
-        return Calibration(
-            *encode_with_response(loaded.tokenizer, prompts, [p.response or "" for p in prompts])
-        )
-    if judge is None:
+    if judge is None and kind == "harmful" and not any(prompt.response for prompt in prompts):
         raise UserError(
             "prompts without responses need a judge to tell refusals; give prompts with responses"
         )
-    answers = [answer.text for answer in generate(loaded, prompts, _NEW_TOKENS)]
-    kept = [
-        (prompt, answer)
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if judge.judge(prompt.prompt, answer) is Verdict.REFUSED
+    return Calibration.of(build_texts(loaded, prompts, kind, answer=loaded, judge=judge), kind)
+
+
+def own_harmful(loaded: LoadedModel, prompts: Sequence[Prompt], judge: Judge) -> list[tuple[Prompt, str]]:
+    """Return the harmful prompts that a model answers, with its answers."""
+    said = generate(loaded, prompts, new_tokens(loaded, prompts, NEW_TOKENS))
+    return [
+        (prompt, answer.text)
+        for prompt, answer in zip(prompts, said, strict=True)
+        if answer.text.strip() and judge.judge(prompt.prompt, answer.text) is Verdict.ANSWERED
     ]
-    if not kept:
-        raise UserError(
-            f"{loaded.source} refuses none of {len(prompts)} harmful prompts, so it cannot serve as the reference; "
-            "give another --aligned, or prompts with responses"
-        )
-    return Calibration(*encode_with_response(loaded.tokenizer, [k[0] for k in kept], [k[1] for k in kept]))
 
 
 def harmful_answers(
@@ -70,12 +66,7 @@ def harmful_answers(
         return Calibration(*encode_with_response(loaded.tokenizer, prompts, given))
     if judge is None:
         raise UserError("the model's own answers need a judge to tell refusals; give answers=given")
-    said = [answer.text for answer in generate(loaded, prompts, new_tokens(loaded, prompts, _NEW_TOKENS))]
-    kept = [
-        (prompt, answer)
-        for prompt, answer in zip(prompts, said, strict=True)
-        if answer.strip() and judge.judge(prompt.prompt, answer) is Verdict.ANSWERED
-    ]
+    kept = own_harmful(loaded, prompts, judge)
     if not kept:
         raise UserError(
             f"{loaded.source} answers none of {len(prompts)} harmful prompts, so there is no harmful answer to learn "

@@ -159,8 +159,8 @@ class FGSN(Repair):
             loaded = load(model.folder, merge=True)
             known = catalogue(job.tuned)  # all of it: a merged result is edited in whole matrices
             texts = [
-                with_responses(loaded, prompts, job.judge) if respond else prompts_only(loaded, prompts)
-                for prompts in (job.harmful, job.benign)
+                with_responses(loaded, prompts, job.judge, kind) if respond else prompts_only(loaded, prompts)
+                for kind, prompts in (("harmful", job.harmful), ("benign", job.benign))
             ]
             job.passes[key] = tuple(input_norms(loaded, text, known) for text in texts)
         return cast(tuple[Mapping[str, Tensor], Mapping[str, Tensor]], job.passes[key])
